@@ -1,0 +1,109 @@
+"""What a step owes and tells: counts, losses and logged values, kept on the device until read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddptrain.errors import TrainingError
+from ddptrain.tasks.task import Batch, Loss, Task
+
+RESERVED = frozenset(
+    {"step", "split", "loss", "lr", "grad_norm", "samples", "samples_per_second", "epoch",
+     "skipped_steps", "loss_scale"}
+)  # fmt: skip
+
+
+class Accounted(nn.Module):
+    """A task whose account, (count, sum of losses, number of logged values), is a gradient.
+
+    The account is a parameter that stays zero; its gradient is the micro-batch's account. So it
+    is accumulated, bucketed and all-reduced with the gradients, without a collective of its own,
+    and whatever factor they pick up on the way (1 / ranks, the loss scale), it picks up too:
+    gradient ÷ count is the gradient of the mean loss over the global batch, whatever the factor.
+    """
+
+    def __init__(
+        self, task: Task, window: Window, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.window = window
+        self.autocast = autocast
+        self.account = nn.Parameter(torch.zeros(3))
+
+    def forward(self, batch: Batch | None) -> Tensor:
+        """Return the scalar to call ``backward`` on; None is a rank's part of a step too short."""
+        if batch is None:
+            used = [p for p in self.parameters() if p.requires_grad]
+            return torch.stack([(p * 0).sum().float() for p in used]).sum()
+        with self.autocast():
+            loss = self.task(batch)
+        if not isinstance(loss, Loss):
+            raise TypeError(
+                f"{type(self.task).__name__}.forward returned {type(loss).__name__}, expected "
+                "ddptrain.Loss(sum, count)"
+            )
+        total = loss.sum.float()
+        told = self.window.add(loss) if loss.logs else 0
+        entries = torch.stack([_scalar(value, total) for value in (loss.count, total, told)])
+        return total + torch.dot(self.account, entries)
+
+
+def _scalar(value: Any, like: Tensor) -> Tensor:
+    """A float32 scalar on the device of ``like``, without waiting for the device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(like.device, like.dtype, non_blocking=True)
+    return like.new_full((), float(value))
+
+
+class Window:
+    """Sums since the last log line: this rank's logged values by name, and the global account."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.account = torch.zeros(3, device=device)
+        self.logs: dict[str, Tensor] = {}
+
+    def add(self, loss: Loss) -> int:
+        """Add a micro-batch's logged values; return how many. Raises ``TrainingError``."""
+        for name, value in loss.logs.items():
+            pair = value if isinstance(value, tuple) else (value, None)
+            if name in RESERVED or len(pair) != 2:
+                raise TrainingError(
+                    f"Loss.logs[{name!r}]: "
+                    + ("the trainer logs a value of that name; choose another"
+                       if name in RESERVED
+                       else "expected a scalar or a pair (sum, count)")
+                )  # fmt: skip
+            try:
+                total, count = (
+                    _scalar(v, self.account).reshape(())
+                    for v in (pair[0], loss.count if pair[1] is None else pair[1])
+                )
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TrainingError(f"Loss.logs[{name!r}]: not a scalar: {error}") from None
+            entry = torch.stack([total * count if pair[1] is None else total, count]).double()
+            self.logs[name] = self.logs[name] + entry if name in self.logs else entry
+        return len(loss.logs)
+
+    def take_logs(self) -> dict[str, tuple[float, float]]:
+        """Return (sum, count) by name of what this rank logged, and start a new window."""
+        taken = {name: (pair[0].item(), pair[1].item()) for name, pair in self.logs.items()}
+        self.logs = {}
+        return taken
+
+
+def merge_logs(of_ranks: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """The exact weighted mean by name over ranks, whichever of them logged it, in any order."""
+    names = sorted({name for logs in of_ranks for name in logs})
+    merged = {}
+    for name in names:
+        pairs = [logs[name] for logs in of_ranks if name in logs]
+        count = sum(pair[1] for pair in pairs)
+        if count:
+            merged[name] = sum(pair[0] for pair in pairs) / count
+    return merged

@@ -1,0 +1,158 @@
+"""From a config to the objects of a run: the one place that knows how the parts fit together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from ddptrain.account import Accounted, Window
+from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.store import Store
+from ddptrain.compose import to_plain
+from ddptrain.config import Config, Direction, Precision
+from ddptrain.data.fetch import Fetcher, Source
+from ddptrain.data.plan import Plan
+from ddptrain.errors import Refused
+from ddptrain.evaluate import Evaluation
+from ddptrain.keys import derive
+from ddptrain.loop import Trainer
+from ddptrain.observe.observer import Observer
+from ddptrain.observe.phases import Phases
+from ddptrain.optim.build import build_optimizer
+from ddptrain.optim.loss_scale import LossScale
+from ddptrain.parallel.ddp import DataParallel
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.run_directory import RunDirectory, versions
+from ddptrain.step import Step
+from ddptrain.tasks.task import Task
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phases) -> Trainer:
+    """Build every part of a training run. Raises ``Refused`` if one cannot be built."""
+    train = config.train
+    source = build_source(config, "train", whole=False)
+    plan = source.plan
+    if plan.samples < train.global_batch_size:
+        raise Refused(
+            f"{source.label} has {plan.samples} samples, fewer than train.global_batch_size="
+            f"{train.global_batch_size}: make the batch smaller, or the data set larger"
+        )
+    task = build_task(config, ranks.device)
+    strategy = DataParallel(ranks, config.parallel.bucket_mb)
+    autocast = build_autocast(train.precision, ranks.device)
+    total_steps = min(
+        train.max_steps if train.max_steps is not None else 1 << 62,
+        train.max_epochs * plan.steps_per_epoch if train.max_epochs is not None else 1 << 62,
+    )
+    step = Step(
+        Accounted(task, Window(ranks.device), autocast).to(ranks.device),
+        _build("optim", build_optimizer, config.optim, task),
+        _build("schedule", instantiate, config.schedule),
+        plan,
+        strategy,
+        ranks,
+        total_steps=total_steps,
+        max_norm=train.grad_clip.max_norm,
+        nonfinite=train.nonfinite,
+        loss_scale=LossScale(ranks.device) if train.precision is Precision.fp16 else None,
+    )
+    return Trainer(
+        config,
+        ranks,
+        task,
+        Fetcher(source, ranks.device, config.data.workers),
+        step,
+        {
+            split: Evaluation(
+                task,
+                Fetcher(build_source(config, split), ranks.device, config.data.workers),
+                strategy,
+                ranks,
+                autocast,
+            )
+            for split in ("val", "test")
+            if getattr(config.data, split) is not None
+        },
+        build_checkpoints(config, run),
+        Observer(config, run, phases, speaks=ranks.is_first),
+        total_steps,
+    )
+
+
+def build_task(config: Config, device: torch.device) -> Task:
+    """Build the model and its task, with weights drawn from the seed. Raises ``Refused``."""
+    key = derive(config.seed, "weights")
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.manual_seed(key)
+    model = {} if config.model is None else {"model": _build("model", instantiate, config.model)}
+    task = _build("task", instantiate, config.task, **model)
+    if not isinstance(task, Task):
+        raise Refused(f"task: {type(task).__name__} is no ddptrain.Task; derive it from that class")
+    task.to(device)
+    if config.train.compile:
+        task.compile()
+    return task
+
+
+def build_source(config: Config, split: str, whole: bool = True) -> Source:
+    """Build the data set of one split. Raises ``Refused``.
+
+    With ``whole`` its plan is one pass over all samples, in order, for an evaluation; without, it
+    is that of the training steps.
+    """
+    dataset = _build(f"data.{split}", instantiate, getattr(config.data, split), _convert_="all")
+    label = f"data.{split} ({type(dataset).__name__})"
+    try:
+        samples = len(dataset)
+    except TypeError:
+        raise Refused(
+            f"{label}: it has no length; a map-style data set with __len__ and __getitem__ "
+            "is expected"
+        ) from None
+    if samples == 0:
+        raise Refused(f"{label}: it is empty")
+    if not whole:
+        train = config.train
+        sizes = (train.global_batch_size, train.micro_batch_size)
+        return Source(split, dataset, Plan(samples, *sizes, config.seed, config.data.shuffle))
+    size = config.eval.micro_batch_size or config.train.micro_batch_size
+    return Source(split, dataset, Plan(samples, samples, size, config.seed, shuffled=False))
+
+
+def build_checkpoints(config: Config, run: RunDirectory) -> Checkpoints:
+    """Build the store of a run's checkpoints and the rule by which they are kept."""
+    keep = config.checkpoint
+    retention = Retention(keep.keep_last, keep.keep_best, keep.mode is Direction.max)
+    facts = {"config": to_plain(config), "versions": versions()}
+    return Checkpoints(Store(run.checkpoints), retention, keep.metric, facts)
+
+
+def build_autocast(precision: Precision, device: torch.device) -> Autocast:
+    """Return what to enter around a forward for this precision."""
+    if precision is Precision.fp32:
+        return nullcontext
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float16
+    return partial(torch.autocast, device.type, dtype=dtype)
+
+
+def _build(key: str, build: Callable[..., Any], node: Any, *arguments: Any, **more: Any) -> Any:
+    """Build what a config node describes, or say in one line which key failed and why."""
+    try:
+        return build(node, *arguments, **more)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        name = node.get("_target_") if isinstance(node, dict) else node
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise Refused(f"{key}: could not build {name}: {reason}") from cause

@@ -1,0 +1,179 @@
+"""The commands. None of them imports torch before it has to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from ddptrain.compose import compose, flatten, make_importable, options, to_plain, validate
+from ddptrain.config import Config, Resume, check_world_size
+from ddptrain.errors import EXIT_COMPLETED, TrainingError
+from ddptrain.observe.phases import Phases
+from ddptrain.place import Place
+from ddptrain.resilience.failure import tell_agent
+from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory, origin
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return the exit code. Overrides without a command train as one rank."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or (given[0] not in COMMANDS and not given[0].startswith("-")):
+        given = ["rank", *given]
+    make_importable()
+    try:
+        parsed = _parser().parse_args(given)
+        return COMMANDS[parsed.command](parsed)
+    except TrainingError as error:
+        line = f"ddptrain: {error}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(line, file=sys.stderr, flush=True)
+        tell_agent(line)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddptrain",
+        description="Distributed data-parallel training: a run is a pure function of its config.",
+        epilog="experiments: " + ", ".join(options("experiment")) + "; keys and their meaning: "
+        "`ddptrain config experiment=…` and the files in conf/. Under torchrun: "
+        "torchrun --standalone --nproc-per-node 2 -m ddptrain experiment=digits",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str | None, *, run: bool) -> argparse.ArgumentParser:
+        command = (
+            commands.add_parser(name, description=summary, help=summary)
+            if summary
+            else commands.add_parser(name)  # internal: not in the list of commands
+        )
+        if run:
+            command.add_argument("run", type=Path, help="a run's directory")
+        else:
+            command.add_argument(
+                "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides"
+            )
+        return command
+
+    train = add("train", "compose a config, start its ranks here, train", run=False)
+    train.add_argument("-m", "--multirun", action="store_true", help="a trial per combination")
+    add("config", "print the composed, checked config; train nothing", run=False)
+    add("rerun", "train a run's stored config again, in a new directory", run=True)
+    evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)
+    evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test, or val")
+    export = add("export", "write a run's weights to one safetensors file", run=True)
+    export.add_argument("--output", type=Path, help="default: RUN/model.safetensors")
+    sample = add("sample", "text from a run's language model", run=True)
+    sample.add_argument("--prompt", default="def ", help="text to continue")
+    sample.add_argument("--length", type=int, default=400, help="bytes to add")
+    for command in (evaluate, export, sample):
+        command.add_argument(
+            "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
+        )
+    add("rank", None, run=False)
+    add("worker", None, run=True)
+    return parser
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    if parsed.multirun:
+        from ddptrain.launch.sweep import sweep
+
+        return sweep(parsed.overrides)
+    return _start(compose(parsed.overrides), parsed.overrides)
+
+
+def _start(config: Config, overrides: list[str], rerun_of: str | None = None) -> int:
+    """Start the ranks of one run on this machine and wait for them."""
+    phases = Phases()
+    check_directory(config)
+    if config.launch.nproc_per_node != "auto":
+        check_world_size(config, int(config.launch.nproc_per_node))
+    from ddptrain.launch.local import count_ranks, launch_ranks
+
+    ranks = count_ranks(config)
+    check_world_size(config, ranks)
+    run = open_directory(config, overrides, rerun_of)
+    if ranks == 1 and config.launch.max_restarts == 0:
+        from ddptrain.launch.worker import run_rank
+
+        return run_rank(config, Place(), phases, overrides=overrides)
+    run.launched.write_text(yaml.safe_dump(to_plain(config)))
+    return launch_ranks(run, config, ranks)
+
+
+def _rank(parsed: argparse.Namespace) -> int:
+    """Be one rank, under torchrun or alone."""
+    phases = Phases()
+    config = compose(parsed.overrides)
+    place = Place.from_environment()
+    check_world_size(config, place.world_size)
+    if place.rank == 0 and place.restarts == 0:
+        check_directory(config)
+    from ddptrain.launch.worker import run_rank
+
+    return run_rank(config, place, phases, overrides=parsed.overrides)
+
+
+def _worker(parsed: argparse.Namespace) -> int:
+    """Be one rank that ``ddptrain train`` has started."""
+    phases = Phases()
+    config = validate(yaml.safe_load(RunDirectory(parsed.run).launched.read_text()))
+    config.run.resume = Resume.auto
+    from ddptrain.launch.worker import run_rank
+
+    return run_rank(config, Place.from_environment(), phases, overrides=[], errors_on_screen=False)
+
+
+def _config(parsed: argparse.Namespace) -> int:
+    print(yaml.safe_dump(to_plain(compose(parsed.overrides)), sort_keys=False), end="")
+    return EXIT_COMPLETED
+
+
+def _rerun(parsed: argparse.Namespace) -> int:
+    run = RunDirectory(parsed.run.absolute())
+    config, provenance = run.load()
+    now = origin()
+    then = {key: provenance.get(key, {}) for key in now}
+    different = changes(flatten(then), flatten(now))
+    print(f"repeating {run.path}")
+    for change in different or ["the code and versions are the same"]:
+        print(f"  {change}")
+    config.run.dir = None
+    config.run.resume = Resume.auto
+    return _start(config, provenance.get("overrides", []), rerun_of=str(run.path))
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from ddptrain.launch.inspect import evaluate
+
+    return evaluate(RunDirectory(parsed.run), parsed.checkpoint, parsed.split)
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from ddptrain.launch.inspect import export
+
+    return export(RunDirectory(parsed.run), parsed.checkpoint, parsed.output)
+
+
+def _sample(parsed: argparse.Namespace) -> int:
+    from ddptrain.launch.inspect import sample
+
+    return sample(RunDirectory(parsed.run), parsed.checkpoint, parsed.prompt, parsed.length)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "config": _config,
+    "rerun": _rerun,
+    "evaluate": _evaluate,
+    "export": _export,
+    "sample": _sample,
+    "rank": _rank,
+    "worker": _worker,
+}

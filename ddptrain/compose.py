@@ -1,0 +1,217 @@
+"""From command-line overrides to a checked config: Hydra composes, every refusal is one line.
+
+Nothing here imports torch, so that a typo is answered in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from ddptrain.config import SUPPLIED, Config, check
+from ddptrain.errors import Refused
+from ddptrain.targets import check_arguments, suggest
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def config_trees() -> list[Path]:
+    """The built-in Hydra tree, then the user's: `conf/` in the folder they started from."""
+    built_in = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())
+    own = Path.cwd() / "conf"
+    if not own.is_dir() or own.resolve() == built_in:
+        return [built_in]
+    for file in own.rglob("*.yaml"):
+        if (twin := built_in / file.relative_to(own)).is_file():
+            raise Refused(f"{file}: hides the built-in {twin}; give it another name")
+    return [built_in, own]
+
+
+def options(group: str) -> list[str]:
+    """The names that a config group offers, such as the experiments."""
+    return sorted({file.stem for tree in config_trees() for file in (tree / group).glob("*.yaml")})
+
+
+def compose(overrides: list[str]) -> Config:
+    """Compose and check a config. Raises ``Refused`` with one line that names the key."""
+    make_importable()
+    arguments = hydra_arguments(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_trees()[0]), version_base="1.3"):
+            composed = hydra_compose("config", arguments, return_hydra_config=True)
+        experiment = composed.hydra.runtime.choices.get("experiment")
+        with open_dict(composed):
+            del composed["hydra"]
+        OmegaConf.resolve(composed)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise _refusal(error) from None
+    plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
+    config = validate(plain)
+    config.run.name = config.run.name or experiment or "run"
+    return config
+
+
+def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
+    """Overrides as Hydra is to get them: any key is let through, for the schema to judge."""
+    trees = config_trees()
+    arguments = []
+    for override in parse(overrides):
+        line = cast("str", override.input_line)
+        if override.is_sweep_override() and not sweep:
+            raise Refused(f"{line}: several values are a sweep; use `ddptrain train --multirun`")
+        is_group = any((tree / override.key_or_group).is_dir() for tree in trees)
+        locked = not (is_group or override.is_delete() or override.package is not None)
+        arguments.append("++" + line.lstrip("+") if locked else line)
+    if len(trees) > 1:
+        arguments.append(f"hydra.searchpath=['file://{trees[1]}']")
+    return arguments
+
+
+def make_importable() -> None:
+    """Let a `_target_` name a module in the folder that the user started from."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
+def validate(plain: dict[str, Any]) -> Config:
+    """Turn a nested dict into a typed config. Raises ``Refused`` on the first key that is wrong."""
+    _check_keys(plain, Config, "")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise Refused(f"{missing[0]}: not set; say {missing[0]}=<value>")
+        config = cast("Config", OmegaConf.to_object(typed))
+    except OmegaConfBaseException as error:
+        raise _refusal(error) from None
+    check(config)
+    for section in ("model", "data", "task", "optim", "schedule"):
+        _check_targets(plain.get(section), section, SUPPLIED.get(section, set()))
+    return config
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The config as a nested dict of plain values, ready for YAML; the inverse of ``validate``."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return value
+
+    return cast("dict[str, Any]", plain(dataclasses.asdict(config)))
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to leaf values."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Parse Hydra overrides. Raises ``Refused`` on what is not one."""
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise Refused(f"not an override (key=value): {_first_line(error)}") from None
+
+
+def _check_keys(node: dict[str, Any], schema: type, path: str) -> None:
+    hints = get_type_hints(schema)
+    for key, value in node.items():
+        full = f"{path}{key}"
+        if key not in hints:
+            siblings = [*hints, "experiment"] if not path else list(hints)
+            raise Refused(f"unknown key {full}" + _nearest(full, siblings, path))
+        if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):
+            if not isinstance(value, dict):
+                raise Refused(
+                    f"{full}: expected a section with "
+                    f"{', '.join(get_type_hints(hints[key]))}, got {value!r}"
+                )
+            _check_keys(value, hints[key], f"{full}.")
+
+
+def _nearest(full: str, siblings: list[str], path: str) -> str:
+    """A sibling that looks alike, else any key of the schema whose last part does."""
+    name = full.rpartition(".")[2]
+    hint = suggest(name, siblings, path)
+    if "did you mean" in hint:
+        return hint
+    elsewhere = [key for key in _schema_keys(Config) if key.rpartition(".")[2] == name]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else hint
+
+
+def _schema_keys(schema: type, path: str = "") -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        keys.append(f"{path}{name}")
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            keys += _schema_keys(hint, f"{path}{name}.")
+    return keys
+
+
+def _check_targets(node: object, path: str, supplied: set[str]) -> None:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            check_arguments(path, node, supplied)
+        elif path in SUPPLIED or path in ("model", "schedule"):
+            raise Refused(f"{path}._target_: not set; name the class or function to build")
+        for key, value in node.items():
+            _check_targets(value, f"{path}.{key}", set())
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            _check_targets(value, f"{path}[{i}]", set())
+    elif path in SUPPLIED and node is not None:
+        raise Refused(f"{path}: expected a section with _target_, got {node!r}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _refusal(error: Exception) -> Refused:
+    """Say what Hydra or OmegaConf found wrong in one line that names the key."""
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__
+    text = str(error)
+    if found := re.search(r"Could not find '(.+?)/([^/']+)'", text):
+        group, option = found.groups()
+        return Refused(f"{group}={option}: no such option" + suggest(option, options(group)))
+    if isinstance(error, OmegaConfBaseException):
+        message = _first_line(error)
+        key = error.full_key
+        if enum := re.search(r"Invalid value '(.+?)', expected one of \[(.+)\]", message):
+            return Refused(f"{key}: expected one of {enum[2].lower()}, got {enum[1]!r}")
+        if conversion := re.search(
+            r"Value '(.*?)'(?: of type '.+?')? (?:could not be|is not a valid).*?"
+            r"(Integer|Float|Boolean|bool|int|float|string)",
+            message,
+        ):
+            kind = {"i": "a whole number", "f": "a number", "b": "true or false"}.get(
+                conversion[2][0].lower(), "text"
+            )
+            return Refused(f"{key}: expected {kind}, got {conversion[1]!r}")
+        return Refused(f"{key}: {message}" if key else message)
+    return Refused(" ".join(text.split()))

@@ -1,0 +1,242 @@
+"""The typed schema of a config and its rules; values and their comments live in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from ddptrain.errors import Refused
+
+EXECUTION_ONLY = ("run", "launch", "log", "checkpoint", "provenance")
+"""Sections that say where and how a run executes, not what it computes: they may change between
+a run's first start and its continuation."""
+
+
+class Resume(Enum):
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class NonFinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Strategy(Enum):
+    ddp = "ddp"
+
+
+class Reduction(Enum):
+    mean = "mean"
+
+
+class Direction(Enum):
+    max = "max"
+    min = "min"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    name: str | None = MISSING
+    dir: str | None = MISSING
+    resume: Resume = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class GradClipConfig:
+    max_norm: float | None = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    max_steps: int | None = MISSING
+    max_epochs: int | None = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = MISSING
+    precision: Precision = MISSING
+    grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
+    nonfinite: NonFinite = MISSING
+    compile: bool = MISSING
+    device: Device = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    every_steps: int | None = MISSING
+    micro_batch_size: int | None = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class LogConfig:
+    every_steps: int = MISSING
+    tensorboard: bool = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int | None = MISSING
+    keep_last: int = MISSING
+    keep_best: int = MISSING
+    metric: str = MISSING
+    mode: Direction = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    strategy: Strategy = MISSING
+    reduction: Reduction = MISSING
+    bucket_mb: float = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    workers: int = MISSING
+    shuffle: bool = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    nproc_per_node: str = MISSING
+    max_restarts: int = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """A whole run. ``Any`` marks what a ``_target_`` builds: a user may put their own there."""
+
+    seed: int = MISSING
+    run: RunConfig = field(default_factory=RunConfig)
+    task: Any = None
+    model: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: Any = None
+    schedule: Any = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+SUPPLIED = {"task": {"model"}, "optim": {"params"}}
+"""Arguments that the framework passes to a ``_target_`` itself."""
+
+
+def check(config: Config) -> None:
+    """Refuse what no single key can tell is wrong. Raises ``Refused`` with one line."""
+    for section, what in (("data.train", config.data.train), ("task", config.task)):
+        if what is None:
+            raise Refused(
+                f"{section}: nothing to train; choose an experiment (experiment=digits; "
+                f"`ddptrain --help` lists them) or set {section}"
+            )
+    for section, what in (("optim", config.optim), ("schedule", config.schedule)):
+        if what is None:
+            raise Refused(f"{section}: none chosen; see conf/{section}/ for what there is")
+    _check_sizes(config)
+    _check_evaluation(config)
+    _check_launch(config.launch)
+
+
+def _check_sizes(config: Config) -> None:
+    train = config.train
+    positive = {
+        "train.max_steps": train.max_steps,
+        "train.max_epochs": train.max_epochs,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.grad_clip.max_norm": train.grad_clip.max_norm,
+        "eval.every_steps": config.eval.every_steps,
+        "eval.micro_batch_size": config.eval.micro_batch_size,
+        "log.every_steps": config.log.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "parallel.bucket_mb": config.parallel.bucket_mb,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise Refused(f"{key}: expected a number above 0, got {value}")
+    counts = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "data.workers": config.data.workers,
+        "launch.max_restarts": config.launch.max_restarts,
+    }
+    for key, count in counts.items():
+        if count < 0:
+            raise Refused(f"{key}: expected 0 or more, got {count}")
+    if train.max_steps is None and train.max_epochs is None:
+        raise Refused("train.max_steps: set it, or train.max_epochs, to say when a run ends")
+    if train.global_batch_size % train.micro_batch_size:
+        raise Refused(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={train.micro_batch_size}"
+            f"; micro-batch sizes that fit: {_divisors(train.global_batch_size)}"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    if config.eval.every_steps is not None and config.data.val is None:
+        raise Refused(
+            f"eval.every_steps={config.eval.every_steps} but data.val is not set: "
+            "there is no split to evaluate; set data.val, or eval.every_steps=null"
+        )
+    if config.checkpoint.keep_best and config.eval.every_steps is None:
+        raise Refused(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs a metric to compare, "
+            "but eval.every_steps is null: set it, or checkpoint.keep_best=0"
+        )
+    if config.run.resume is Resume.must and config.run.dir is None:
+        raise Refused("run.resume=must but run.dir is not set: name the run to continue")
+
+
+def _check_launch(launch: LaunchConfig) -> None:
+    count = launch.nproc_per_node
+    if count != "auto" and not (count.isdecimal() and int(count) > 0):
+        raise Refused(f"launch.nproc_per_node: expected 'auto' or a number above 0, got {count!r}")
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Refuse more ranks than a step has micro-batches: some would never have work."""
+    train = config.train
+    micro_batches = train.global_batch_size // train.micro_batch_size
+    if world_size > micro_batches:
+        fitting = [
+            d
+            for d in _divisors(train.global_batch_size)
+            if train.global_batch_size // d >= world_size
+        ]
+        remedy = (
+            f"train.micro_batch_size={max(fitting)} or less would do"
+            if fitting
+            else f"train.global_batch_size must be at least {world_size}"
+        )
+        raise Refused(
+            f"{world_size} ranks share {micro_batches} micro-batches a step "
+            f"(train.global_batch_size={train.global_batch_size} / train.micro_batch_size="
+            f"{train.micro_batch_size}), so some would have no work; start at most "
+            f"{micro_batches} ranks, or {remedy}"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0] if n <= 1 << 20 else [1, n]

@@ -1,0 +1,184 @@
+"""Brings a micro-batch from a data set: whole where the set can, else sample by sample."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from ddptrain.data.plan import MicroBatch, Plan
+from ddptrain.errors import DataError
+from ddptrain.keys import derive
+
+
+@dataclass
+class Source:
+    """One split: fetches micro-batches of ``dataset`` by index, keyed and with errors that tell.
+
+    A data set may offer ``__getitems__(indices)``: if it returns a list, that is samples to be
+    collated; anything else is taken as the finished batch. A ``TensorDataset`` is indexed whole.
+    Before each sample (each micro-batch, where they come whole) the global generators of Python,
+    numpy and torch are keyed from (seed, epoch, index), so that augmentation depends neither on
+    ranks nor on workers nor on a restart.
+    """
+
+    name: str
+    dataset: Any
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        self.in_memory = type(self.dataset).__getitem__ is TensorDataset.__getitem__
+        self.fetches_many = hasattr(self.dataset, "__getitems__")
+
+    def batch(self, micro_batch: MicroBatch) -> Any:
+        """Return the collated samples of ``micro_batch``. Raises ``DataError``."""
+        indices = self.plan.indices(micro_batch)
+        if self.in_memory:
+            rows = torch.from_numpy(indices)
+            return tuple(tensor[rows] for tensor in self.dataset.tensors)
+        return self.of_indices(indices.tolist(), micro_batch)
+
+    def of_indices(self, indices: list[int], micro_batch: MicroBatch) -> Any:
+        """Return the collated samples at ``indices``, with the random keys of ``micro_batch``."""
+        if self.in_memory:
+            return self.dataset[torch.tensor(indices)]
+        if not self.fetches_many:
+            return self._collate([self._sample(i, micro_batch.epoch) for i in indices], indices)
+        self._key_generators(micro_batch.epoch, indices[0])
+        try:
+            fetched = self.dataset.__getitems__(indices)
+        except Exception as error:
+            raise self._failure(f"samples {indices}", error) from error
+        return self._collate(fetched, indices) if isinstance(fetched, list) else fetched
+
+    def digest(self) -> dict[str, Any]:
+        """Tell this data from other data: its length, and a hash of 16 samples spread over it."""
+        count = self.plan.samples
+        spread = sorted({count * i // 16 for i in range(16)})
+        digest = sha256()
+        batch = self.of_indices(spread, MicroBatch(0, 0, 0, 0, len(spread)))
+        for tensor in tensors_in(batch):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return {"samples": count, "sha256": digest.hexdigest()}
+
+    def _sample(self, index: int, epoch: int) -> Any:
+        self._key_generators(epoch, index)
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            raise self._failure(f"sample {index}", error) from error
+
+    def _key_generators(self, epoch: int, index: int) -> None:
+        key = derive(self.plan.seed, f"sample/{self.name}", epoch, index)
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(key)
+
+    def _collate(self, samples: Sequence[Any], indices: list[int]) -> Any:
+        try:
+            return default_collate(list(samples))
+        except Exception as error:
+            shapes = [_shape(sample) for sample in samples]
+            usual = Counter(shapes).most_common(1)[0][0]
+            odd = [i for i, shape in zip(indices, shapes, strict=False) if shape != usual]
+            if not odd:
+                raise self._failure(f"samples {indices}", error) from error
+            raise DataError(
+                f"{self.label}: sample {odd[0]} is {shapes[indices.index(odd[0])]}, "
+                f"others of its micro-batch are {usual}; samples must have one shape and type"
+            ) from error
+
+    @property
+    def label(self) -> str:
+        return f"data.{self.name} ({type(self.dataset).__name__})"
+
+    def _failure(self, where: str, error: Exception) -> DataError:
+        return DataError(f"{self.label}: {where}: {type(error).__name__}: {error}")
+
+
+def _shape(sample: Any) -> str:
+    if isinstance(sample, Tensor | np.ndarray):
+        return f"{sample.dtype} of shape {tuple(sample.shape)}"
+    if isinstance(sample, tuple | list):
+        return f"({', '.join(map(_shape, sample))})"
+    if isinstance(sample, dict):
+        return f"{{{', '.join(f'{k}: {_shape(v)}' for k, v in sample.items())}}}"
+    return type(sample).__name__
+
+
+class _ByMicroBatch:
+    """Gives torch's DataLoader, which asks a data set for samples, whole micro-batches instead."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Any:
+        return self.source.batch(micro_batch)
+
+
+class Fetcher:
+    """Iterates over micro-batches in order, moved to ``device``; with workers, fetched ahead.
+
+    One iterator serves all epochs, so that workers start once and an epoch's end costs nothing.
+    """
+
+    def __init__(self, source: Source, device: torch.device, workers: int = 0) -> None:
+        self.source = source
+        self.device = device
+        self.workers = workers
+
+    def fetch(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Any]:
+        on_gpu = self.device.type == "cuda"
+        if self.workers:
+            batches: Iterable[Any] = DataLoader(
+                _ByMicroBatch(self.source),  # type: ignore[arg-type]
+                sampler=micro_batches,
+                batch_size=None,
+                num_workers=self.workers,
+                pin_memory=on_gpu,
+            )
+        else:
+            batches = map(self.source.batch, micro_batches)
+        return (to_device(batch, self.device) for batch in batches) if on_gpu else iter(batches)
+
+    def steps(self, first: int, last: int, rank: int, world_size: int) -> Iterator[Any]:
+        """The batches that ``rank`` trains on in the steps ``first`` to ``last - 1``."""
+        plan = self.source.plan
+        return self.fetch(
+            chain.from_iterable(
+                plan.micro_batches(step, rank, world_size) for step in range(first, last)
+            )
+        )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Copy every tensor of a batch to ``device``, without waiting for it to arrive."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        yield from chain.from_iterable(map(tensors_in, batch.values()))
+    elif isinstance(batch, tuple | list):
+        yield from chain.from_iterable(map(tensors_in, batch))

@@ -1,0 +1,36 @@
+"""Every way a run can end badly, each with its exit code and one line for the user."""
+
+from __future__ import annotations
+
+EXIT_COMPLETED = 0
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_STOPPED = 75
+
+
+class TrainingError(Exception):
+    """A failure whose message is complete: what, where, what was expected, what to do."""
+
+    exit_code = EXIT_FAILED
+
+
+class Refused(TrainingError):
+    """The config or the environment cannot work; nothing was started."""
+
+    exit_code = EXIT_REFUSED
+
+
+class DataError(TrainingError):
+    """A data set failed at a sample; the message names the data set and the index."""
+
+
+class NonFiniteError(TrainingError):
+    """Loss or gradient became NaN or infinite; the message names step, rank and samples."""
+
+
+class CheckpointError(TrainingError):
+    """No checkpoint can be loaded, or one cannot be written."""
+
+
+class PeerFailed(TrainingError):
+    """This rank is fine, but another one has left; that one's error is the one to show."""

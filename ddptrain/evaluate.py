@@ -1,0 +1,117 @@
+"""An evaluation: every sample of a split once, the metrics over all ranks exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from threading import Thread
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ddptrain.data.fetch import Fetcher
+from ddptrain.errors import TrainingError
+from ddptrain.parallel.ddp import Strategy
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+class Evaluation:
+    """Runs a task's metrics over one split, its micro-batches shared out among the ranks.
+
+    No rank pads and no sample counts twice: a rank may have no micro-batch at all. The states of
+    the metrics are gathered in rank order, which is the split's order, and merged on every rank.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        fetcher: Fetcher,
+        strategy: Strategy,
+        ranks: Ranks,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.task = task
+        self.fetcher = fetcher
+        self.strategy = strategy
+        self.ranks = ranks
+        self.autocast = autocast
+        self.loading: Thread | None = None
+
+    def prepare(self) -> None:
+        """Begin to load what the metrics need (torchmetrics takes seconds) beside training."""
+        if self.loading is None:
+            self.loading = Thread(target=self.task.metrics, daemon=True)
+            self.loading.start()
+
+    def run(self) -> dict[str, float]:
+        """Return the metrics by name; every rank must call it, and all get the same."""
+        if self.loading is not None:
+            self.loading.join()
+        metrics = {name: m.to(self.ranks.device) for name, m in self.task.metrics().items()}
+        for metric in metrics.values():
+            metric.sync_on_compute = False
+        plan = self.fetcher.source.plan
+        mine = plan.micro_batches(0, self.ranks.rank, self.ranks.world_size)
+        self.strategy.synchronise_buffers(self.task)
+        self.task.eval()
+        try:
+            with torch.inference_mode(), self.autocast():
+                for batch in self.fetcher.fetch(mine):
+                    self.task.update(metrics, batch)
+        finally:
+            self.task.train()
+        return self._compute(metrics)
+
+    def _compute(self, metrics: dict[str, Metric]) -> dict[str, float]:
+        of_ranks = self.ranks.gather({name: _state(metric) for name, metric in metrics.items()})
+        for rank, states in enumerate(of_ranks):
+            if states.keys() != metrics.keys():
+                difference = sorted(states.keys() ^ metrics.keys())
+                raise TrainingError(
+                    f"evaluation: rank {rank} has other metrics than rank {self.ranks.rank}: "
+                    f"{', '.join(difference)}; metrics() must return the same on every rank"
+                )
+        values: dict[str, float] = {}
+        for name, metric in metrics.items():
+            _merge(metric, [states[name] for states in of_ranks])
+            value = metric.compute()
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise TrainingError(f"evaluation: metric {name} is not one number, but {value}")
+            values[name] = value.item()
+        return values
+
+
+State = dict[str, Any]
+Reduce = Callable[[Tensor], Tensor]
+
+
+def _state(metric: Metric) -> State:
+    """The states of a metric that has been updated, on the CPU; empty if it has not."""
+    if not metric.update_called:
+        return {}
+    return {
+        key: [t.cpu() for t in value] if isinstance(value, list) else value.cpu()
+        for key, value in metric.metric_state.items()
+    }
+
+
+def _merge(metric: Metric, states: list[State]) -> None:
+    """Set ``metric`` to the union of the states, by the reduction that it declares for each."""
+    present = [state for state in states if state]
+    metric._update_count = len(present)
+    for key, reduction in metric._reductions.items() if present else ():
+        parts = [state[key] for state in present]
+        if isinstance(parts[0], list):
+            merged: Any = [t.to(metric.device) for part in parts for t in part]
+        elif reduction is None:
+            merged = torch.stack(parts).to(metric.device)
+        elif getattr(reduction, "__name__", "") == "dim_zero_cat":
+            merged = torch.cat(parts).to(metric.device)
+        else:
+            merged = cast("Reduce", reduction)(torch.stack(parts)).to(metric.device)
+        setattr(metric, key, merged)

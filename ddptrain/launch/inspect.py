@@ -1,0 +1,93 @@
+"""What one does with a finished run: evaluate it, export its weights, look at what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ddptrain.build import build_autocast, build_checkpoints, build_source, build_task
+from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.config import Config
+from ddptrain.data.fetch import Fetcher
+from ddptrain.errors import EXIT_COMPLETED, CheckpointError, Refused
+from ddptrain.evaluate import Evaluation
+from ddptrain.launch.worker import TIMEOUT
+from ddptrain.parallel.ddp import DataParallel
+from ddptrain.parallel.ranks import Ranks, choose_device
+from ddptrain.place import Place
+from ddptrain.run_directory import RunDirectory
+from ddptrain.state import model_tensors
+from ddptrain.tasks.language_model import LanguageModel
+from ddptrain.tasks.task import Task
+
+
+def evaluate(run: RunDirectory, which: str, split: str | None) -> int:
+    """Print the metrics of a checkpoint over a split as JSON; on several ranks under torchrun."""
+    config, _ = run.load()
+    split = split or ("test" if config.data.test is not None else "val")
+    if getattr(config.data, split) is None:
+        raise Refused(f"--split {split}: data.{split} is not set in {run.config}")
+    place = Place.from_environment()
+    ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
+    task, step = load(run, config, which, ranks)
+    evaluation = Evaluation(
+        task,
+        Fetcher(build_source(config, split), ranks.device, config.data.workers),
+        DataParallel(ranks, config.parallel.bucket_mb),
+        ranks,
+        build_autocast(config.train.precision, ranks.device),
+    )
+    metrics = {f"{split}/{name}": value for name, value in evaluation.run().items()}
+    if ranks.is_first:
+        print(json.dumps({"step": step, **metrics}))
+    ranks.leave()
+    return EXIT_COMPLETED
+
+
+def export(run: RunDirectory, which: str, output: Path | None) -> int:
+    """Write parameters and buffers of a checkpoint to one file, and print its name."""
+    config, _ = run.load()
+    file = output or run.export
+    task, step = load(run, config, which, Ranks(Place(), choose_device("cpu", Place()), TIMEOUT))
+    tensors = {name: tensor.contiguous() for name, tensor in model_tensors(task).items()}
+    save_file(tensors, file, metadata={"format": "pt", "step": str(step)})
+    print(file)
+    return EXIT_COMPLETED
+
+
+def sample(run: RunDirectory, which: str, prompt: str, length: int) -> int:
+    """Print text that the run's language model continues ``prompt`` with."""
+    config, _ = run.load()
+    device = choose_device(config.train.device.name, Place())
+    task, _ = load(run, config, which, Ranks(Place(), device, TIMEOUT))
+    if not isinstance(task, LanguageModel):
+        raise Refused(f"{run.path}: its task is {type(task).__name__}, which writes no text")
+    task.eval()
+    print(task.continue_text(prompt, length))
+    return EXIT_COMPLETED
+
+
+def load(run: RunDirectory, config: Config, which: str, ranks: Ranks) -> tuple[Task, int]:
+    """Build a run's task and load a checkpoint of it: "latest", "best" or a step's number."""
+    checkpoints = build_checkpoints(config, run)
+    step = _find(checkpoints, which, run)
+    task = build_task(config, ranks.device)
+    checkpoints.restore(step, checkpoints.store.verify(step), task, None)
+    return task, step
+
+
+def _find(checkpoints: Checkpoints, which: str, run: RunDirectory) -> int:
+    if which == "latest":
+        if (newest := checkpoints.newest()) is None:
+            raise CheckpointError(f"{run.checkpoints}: no checkpoint yet")
+        return newest[0]
+    steps = checkpoints.store.steps()
+    step = checkpoints.best_step() if which == "best" else int(which) if which.isdecimal() else None
+    if step not in steps:
+        raise Refused(
+            f"--checkpoint {which}: {run.path} has {', '.join(map(str, steps)) or 'none'}; "
+            "say latest, best (where an evaluation was saved) or one of these steps"
+        )
+    return step

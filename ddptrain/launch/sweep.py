@@ -1,0 +1,55 @@
+"""A sweep: Hydra's sweeper chooses the trials, each is a whole run started like any other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ddptrain.compose import compose, config_trees, hydra_arguments
+from ddptrain.errors import EXIT_COMPLETED
+
+
+def sweep(overrides: list[str]) -> int:
+    """Train once for every combination of the comma-separated values; return the exit code.
+
+    Hydra itself writes only ``multirun.yaml``, under ``runs/sweeps/``; each trial has its run's
+    directory. A trial returns ``checkpoint.metric`` to the sweeper.
+    """
+
+    @hydra.main(version_base="1.3", config_path=str(config_trees()[0]), config_name="config")
+    def trial(_: DictConfig) -> float:
+        return run_trial(list(HydraConfig.get().overrides.task))
+
+    own = [
+        "hydra.sweep.dir=runs/sweeps/${now:%Y%m%d-%H%M%S}",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+        "hydra.job.chdir=false",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
+    sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
+    trial()
+    return EXIT_COMPLETED
+
+
+def run_trial(overrides: list[str]) -> float:
+    """Train with these overrides in processes of their own; return ``checkpoint.metric``."""
+    print("trial:", *(o.lstrip("+") for o in overrides), flush=True)
+    config = compose(overrides)
+    metric = config.checkpoint.metric
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "run"
+        command = [sys.executable, "-m", "ddptrain", "train", f"run.dir={told}", *overrides]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            raise RuntimeError(f"trial {' '.join(overrides)} exited {done.returncode}")
+        result = json.loads((Path(told.read_text()) / "result.json").read_text())
+    return float(result["metrics"].get(metric, float("nan")))

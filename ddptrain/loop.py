@@ -1,0 +1,145 @@
+"""THE training loop: restore; step by step, log, evaluate and save when due; finish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.config import Config
+from ddptrain.data.fetch import Fetcher
+from ddptrain.errors import NonFiniteError
+from ddptrain.evaluate import Evaluation
+from ddptrain.observe.clock import StepClock
+from ddptrain.observe.observer import Observer
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.resilience.sanity import explain
+from ddptrain.step import Step
+from ddptrain.tasks.task import Task
+
+
+@dataclass
+class Trainer:
+    """The parts of a run by name, and the order in which they work; ``build.py`` makes one."""
+
+    config: Config
+    ranks: Ranks
+    task: Task
+    fetcher: Fetcher
+    step: Step
+    evaluations: dict[str, Evaluation]
+    checkpoints: Checkpoints
+    observer: Observer
+    total_steps: int
+    done: int = 0  # optimiser steps; with weights and optimiser state, all the state there is
+    logged: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # of evaluations at this very step
+    clock: StepClock = field(default_factory=StepClock)
+
+    def train(self) -> dict[str, float]:
+        """Take every step that is left; return the final metrics by name."""
+        first = self.restore()
+        batches = self.fetcher.steps(
+            first, self.total_steps, self.ranks.rank, self.ranks.world_size
+        )
+        self.clock.restart()
+        for step in range(first, self.total_steps):
+            self.step(step, batches)
+            self.advance(step + 1)
+            if step == first:
+                self.warm_up()
+            if self.is_due(self.config.log.every_steps):
+                self.log()
+            if self.is_due(self.config.eval.every_steps):
+                self.validate()
+            if self.is_due(self.config.checkpoint.every_steps):
+                self.save()
+        return self.finish()
+
+    def is_due(self, every: int | None) -> bool:
+        return every is not None and self.done % every == 0
+
+    def advance(self, done: int) -> None:
+        self.done = done
+        self.metrics = {}
+        self.observer.at(done)
+
+    def restore(self) -> int:
+        """Load the newest whole checkpoint, if there is one; return the steps already done."""
+        found = self.ranks.from_first(self.checkpoints.newest() if self.ranks.is_first else None)
+        if found is not None:
+            self.done, manifest = found
+            self.checkpoints.restore(self.done, manifest, self.task, self.step.optimizer)
+            self.step.load_numbers(manifest["step_numbers"])
+        self.logged = self.done
+        self.observer.open(self.done, self.total_steps)
+        return self.done
+
+    def warm_up(self) -> None:
+        """Begin, once the first step is out, what is needed later."""
+        with self.clock.paused():
+            for evaluation in self.evaluations.values():
+                evaluation.prepare()
+            if self.ranks.is_first:
+                fetchers = [self.fetcher, *(e.fetcher for e in self.evaluations.values())]
+                self.observer.first_step_done({f.source.name: f.source.digest() for f in fetchers})
+
+    def log(self) -> None:
+        """Reduce what the steps since the last line recorded, and write it down."""
+        with self.clock.paused():
+            self.stop_if_not_finite()
+            plan = self.fetcher.source.plan
+            samples = plan.samples_before(self.done)
+            seconds = self.clock.end_window(self.done - self.logged)
+            speed = (samples - plan.samples_before(self.logged)) / seconds
+            progress = {"samples_per_second": speed, "samples": samples,
+                        "epoch": samples / plan.samples}  # fmt: skip
+            self.observer.log(self.done, "train", self.step.read() | progress)
+            self.logged = self.done
+
+    def validate(self) -> None:
+        """Evaluate the validation split; save if that makes this one of the best checkpoints."""
+        self.evaluate("val")
+        is_best = self.ranks.is_first and self.checkpoints.is_among_best(self.done, self.metrics)
+        if self.ranks.from_first(is_best):
+            self.save()
+
+    def evaluate(self, split: str) -> None:
+        with self.clock.paused():
+            self.stop_if_not_finite()
+            metrics = self.evaluations[split].run()
+            self.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
+            self.observer.log(self.done, split, metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, with the metrics of evaluations at this step."""
+        with self.clock.paused():
+            self.stop_if_not_finite()
+            if self.ranks.is_first:
+                self.checkpoints.save(
+                    self.done, self.task, self.step.optimizer, self.step.numbers(), self.metrics
+                )
+
+    def stop_if_not_finite(self) -> None:
+        """Stop the run if a step's numbers were not finite; the weights are those before it."""
+        fault = self.step.first_fault(self.done)
+        if fault is None:
+            return
+        self.done = fault
+        what = explain(fault, self.step.module, self.fetcher.source, self.ranks)
+        if self.ranks.is_first:
+            self.checkpoints.save(fault, self.task, self.step.optimizer, self.step.numbers(), {})
+        raise NonFiniteError(
+            f"{what}; stopped, the weights before that step are saved as its checkpoint; "
+            "train.nonfinite=skip passes over such steps"
+        )
+
+    def finish(self) -> dict[str, float]:
+        """Log and evaluate what is not yet, save, and return the final metrics."""
+        if self.done > self.logged:
+            self.log()
+        for split in self.evaluations:
+            if not any(name.startswith(f"{split}/") for name in self.metrics):
+                self.evaluate(split)
+        self.save()
+        self.observer.finish(self.done, self.metrics, self.checkpoints.best_metrics())
+        return self.metrics

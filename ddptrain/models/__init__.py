@@ -1,0 +1,7 @@
+"""Small reference models, for the built-in experiments and to copy from."""
+
+from ddptrain.models.convnet import ConvNet
+from ddptrain.models.gpt import GPT
+from ddptrain.models.mlp import MLP
+
+__all__ = ["GPT", "MLP", "ConvNet"]

@@ -1,0 +1,1 @@
+"""What a run tells: TensorBoard, files for machines, the screen."""

@@ -1,0 +1,29 @@
+"""Each rank's log file in the run, and rank 0's warnings on the screen."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+from ddptrain.place import Place
+
+
+def open_log(folder: Path, place: Place) -> Path:
+    """Send this rank's log to ``<folder>/rank-<rank>.<host>.log``; a restart appends to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"rank-{place.rank}.{socket.gethostname()}.log"
+    to_file = logging.FileHandler(file)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("ddptrain")
+    root.setLevel(logging.DEBUG)
+    root.addHandler(to_file)
+    if place.rank == 0:
+        to_screen = logging.StreamHandler(sys.stderr)
+        to_screen.setLevel(logging.WARNING)
+        to_screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        root.addHandler(to_screen)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(to_file)
+    return file

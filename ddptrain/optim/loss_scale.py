@@ -1,0 +1,34 @@
+"""Loss scaling for fp16: as large as gradients allow, found by trying, all on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROWTH_INTERVAL = 1000
+LARGEST = 2.0**24
+
+
+class LossScale:
+    """A power of two that doubles after 1,000 finite steps and halves after one that is not.
+
+    Micikevicius et al., *Mixed Precision Training*, ICLR 2018. Scaling needs no undoing: the
+    account of a step (see ``account.py``) carries the same factor as its gradients.
+    """
+
+    def __init__(self, device: torch.device, initial: float = 2.0**12) -> None:
+        self.value = torch.tensor(initial, device=device)
+        self.finite_steps = torch.zeros((), device=device)
+
+    def update(self, bad: Tensor) -> Tensor:
+        """Adapt to a step that was ``bad`` (non-finite); return whether that was no overflow.
+
+        At a scale of 1 there is nothing left to lower: the numbers themselves are at fault.
+        """
+        fault = bad & (self.value <= 1)
+        self.finite_steps = torch.where(bad, 0.0, self.finite_steps + 1)
+        grow = self.finite_steps >= GROWTH_INTERVAL
+        self.finite_steps = torch.where(grow, 0.0, self.finite_steps)
+        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        self.value = (self.value * factor).clamp(1.0, LARGEST)
+        return fault

@@ -1,0 +1,1 @@
+"""Ranks: process groups, and the strategies that make replicas one model."""

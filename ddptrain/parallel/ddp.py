@@ -1,0 +1,54 @@
+"""The strategy that keeps a whole replica on each rank and all-reduces the gradients."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddptrain.parallel.ranks import Ranks
+
+
+class Strategy(Protocol):
+    """How replicas are kept one model."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module whose backward averages gradients over the ranks."""
+
+    def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """A context in which backward adds to the local gradients only."""
+
+    def synchronise_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's buffers, before an evaluation or a save."""
+
+
+class DataParallel:
+    """`DistributedDataParallel`; with one rank nothing is wrapped."""
+
+    def __init__(self, ranks: Ranks, bucket_mb: float) -> None:
+        self.ranks = ranks
+        self.bucket_mb = bucket_mb
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        if self.ranks.world_size == 1:
+            return module
+        on_gpu = self.ranks.device.type == "cuda"
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.ranks.device] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=self.bucket_mb,
+        )
+
+    def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        if isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return nullcontext()
+
+    def synchronise_buffers(self, module: nn.Module) -> None:
+        if self.ranks.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)

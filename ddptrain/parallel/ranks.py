@@ -1,0 +1,105 @@
+"""The processes of a run: who I am, who the others are, and small messages between us."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from ddptrain.errors import Refused
+from ddptrain.place import Place
+
+T = TypeVar("T")
+
+
+def choose_device(wanted: str, place: Place) -> torch.device:
+    """Return this rank's device: its own GPU, or the CPU. Raises ``Refused``."""
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if place.local_rank >= gpus:
+        raise Refused(
+            f"train.device={wanted}: local rank {place.local_rank} has no GPU of its own, this "
+            f"machine has {gpus}; start at most {gpus} ranks here, or set train.device=cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+class Ranks:
+    """Joins the process group, and passes small Python objects between ranks on the CPU.
+
+    With one rank there is no group, and every message comes straight back.
+    """
+
+    def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+        self.place = place
+        self.device = device
+        self.store: Store | None = None
+        if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
+            return
+        self.store = _connect(place, timeout)
+        if place.world_size > 1:
+            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(
+                backend,
+                store=PrefixStore(f"attempt-{place.restarts}", self.store),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_first(self) -> bool:
+        return self.place.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T | None) -> T:
+        """Return rank 0's value on every rank; the others' is ignored."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(device_ids=None)
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connect(place: Place, timeout: timedelta) -> TCPStore:
+    """Open the store that torchrun's agent keeps for the whole run, over all restarts.
+
+    The process group takes a prefix per attempt on it: on a shared prefix the ranks of a new
+    attempt can read the addresses of the ranks that have died.
+    """
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=place.rank == 0 and not agent_has_store,
+        timeout=timeout,
+        wait_for_workers=False,
+    )

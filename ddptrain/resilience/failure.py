@@ -1,0 +1,81 @@
+"""A rank that fails says why: in its log, on the screen, and to the agent that started it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from ddptrain.errors import EXIT_FAILED, PeerFailed, TrainingError
+from ddptrain.place import Place
+
+COLLECTIVE_CODE = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/")
+PEER_SECONDS = 3.0
+"""How long a rank whose collective failed waits to be stopped, or to hear of the real cause."""
+
+logger = logging.getLogger("ddptrain")
+
+
+def exit_with(error: BaseException, place: Place, context: str, on_screen: bool) -> int:
+    """Report ``error`` where people and launchers look for it; return the exit code.
+
+    A rank whose collective broke is rarely the cause: it waits for the agent to stop it, so that
+    the rank with the real error is the one that is shown.
+    """
+    if place.world_size > 1 and _in_collective(error):
+        time.sleep(PEER_SECONDS)
+        error = PeerFailed(
+            f"a collective failed, most likely because another rank has left ({_summary(error)}); "
+            "the first error is in that rank's log"
+        )
+    line = f"{place.name}: {context}{_summary(error)}"
+    details = "" if isinstance(error, TrainingError) else _traceback(error)
+    logger.debug("%s%s", _traceback(error), line)
+    tell_agent(f"{details}{line}")
+    if on_screen:
+        print(f"{details}{line}", file=sys.stderr, flush=True)
+    return getattr(error, "exit_code", EXIT_FAILED)
+
+
+def leave_now(code: int) -> None:
+    """End this process without waiting for peers, whose half of a teardown will never come."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def tell_agent(message: str) -> None:
+    """Leave the error where torch's elastic agent looks for it, so that its report ends with it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    content = {"message": {"message": message, "extraInfo": extra}}
+    Path(file).write_text(json.dumps(content))
+
+
+def _summary(error: BaseException) -> str:
+    if isinstance(error, TrainingError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _in_collective(error: BaseException) -> bool:
+    """Whether the innermost Python code was torch's, at a place where ranks talk."""
+    if isinstance(error, TrainingError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    innermost = frames[-1].filename.replace("\\", "/") if frames else ""
+    return any(part in innermost for part in COLLECTIVE_CODE)

@@ -1,0 +1,58 @@
+"""Finds which samples made a loss or gradient NaN or infinite, by taking the step again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ddptrain.account import Accounted
+from ddptrain.data.fetch import Source, to_device
+from ddptrain.data.plan import MicroBatch
+from ddptrain.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What was not finite on one rank, and the samples it came from."""
+
+    rank: int
+    what: str
+    samples: list[int]
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.samples[:8])) + (", …" if len(self.samples) > 8 else "")
+        return f"{self.what} on rank {self.rank}, samples {shown}"
+
+
+def explain(step: int, module: Accounted, source: Source, ranks: Ranks) -> str:
+    """Repeat the forward and backward of ``step`` without its update; every rank must call it.
+
+    The weights must be those before the step. Sample by sample where a micro-batch is at fault.
+    """
+    mine: list[Culprit] = []
+    for micro_batch in source.plan.micro_batches(step, ranks.rank, ranks.world_size):
+        indices = source.plan.indices(micro_batch).tolist()
+        if (what := _fault(indices, micro_batch, module, source, ranks)) is None:
+            continue
+        single = [i for i in indices if _fault([i], micro_batch, module, source, ranks)]
+        mine.append(Culprit(ranks.rank, what, single or indices))
+    found = [str(culprit) for of_rank in ranks.gather(mine) for culprit in of_rank]
+    where = f"step {step} of data.{source.name} ({type(source.dataset).__name__})"
+    if not found:
+        return f"{where}: not finite only once the ranks' gradients were added up"
+    return f"{where}: {'; '.join(found)}"
+
+
+def _fault(
+    indices: list[int], micro_batch: MicroBatch, module: Accounted, source: Source, ranks: Ranks
+) -> str | None:
+    batch = to_device(source.of_indices(indices, micro_batch), ranks.device)
+    total = module(batch)
+    total.backward()
+    finite = all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = None
+    if not torch.isfinite(total):
+        return f"the loss is {total.item()}"
+    return None if finite else "a gradient is not finite"

@@ -1,0 +1,78 @@
+"""What is saved: the state of a run as named tensors and a few numbers, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddptrain.errors import CheckpointError
+
+Tensors = dict[str, Tensor]
+
+
+def model_tensors(task: nn.Module) -> Tensors:
+    """Parameters and persistent buffers by name; names that DDP or compile add never appear."""
+    return {name: tensor.detach() for name, tensor in task.state_dict().items()}
+
+
+def optimizer_tensors(task: nn.Module, optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
+    """The optimiser's state as tensors named ``<parameter>/<key>``, and what is no tensor."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
+    tensors: Tensors = {}
+    numbers: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            where = tensors if isinstance(value, Tensor) else numbers
+            where[f"{names[parameter]}/{key}"] = value
+    return tensors, numbers
+
+
+def load_model(task: nn.Module, tensors: Tensors) -> None:
+    """Put named tensors into a module. Raises ``CheckpointError`` naming the first that differs."""
+    own = task.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"the checkpoint is of another model: it lacks {missing[:3]} and has {unknown[:3]}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} is {tuple(tensor.shape)} there, "
+                f"{tuple(own[name].shape)} here"
+            )
+    task.load_state_dict(tensors)
+
+
+def load_optimizer(
+    task: nn.Module, optimizer: Optimizer, tensors: Tensors, numbers: dict[str, Any]
+) -> None:
+    """Put back what ``optimizer_tensors`` took; learning rates are the schedule's, not state."""
+    parameters = dict(task.named_parameters())
+    optimizer.state.clear()
+    for full, value in {**tensors, **numbers}.items():
+        name, _, key = full.rpartition("/")
+        parameter = parameters[name]
+        if isinstance(value, Tensor):
+            # A step counter may live on the host while its parameter is on a device.
+            on_host = key == "step" and not _counts_on_device(optimizer)
+            value = value.clone() if on_host else value.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = value
+
+
+def _counts_on_device(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+
+
+def fingerprint(task: nn.Module) -> str:
+    """SHA-256 over parameters and buffers in name order, as little-endian bytes."""
+    from hashlib import sha256
+
+    digest = sha256()
+    for _, tensor in sorted(model_tensors(task).items()):
+        flat = tensor.cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

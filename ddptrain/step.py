@@ -1,0 +1,186 @@
+"""One optimiser step: micro-batches, gradient reduction, clipping, update, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ddptrain.account import Accounted, merge_logs
+from ddptrain.config import NonFinite
+from ddptrain.data.plan import MicroBatch, Plan
+from ddptrain.errors import TrainingError
+from ddptrain.keys import derive
+from ddptrain.optim.loss_scale import LossScale
+from ddptrain.optim.schedules import Schedule
+from ddptrain.parallel.ddp import Strategy
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.tasks.task import Batch
+
+
+class Step:
+    """Makes optimiser step s from this rank's micro-batches of it.
+
+    Nothing in it waits for the device: what a log line needs stays there until ``read``.
+    """
+
+    def __init__(
+        self,
+        module: Accounted,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        plan: Plan,
+        strategy: Strategy,
+        ranks: Ranks,
+        *,
+        total_steps: int,
+        max_norm: float | None,
+        nonfinite: NonFinite,
+        loss_scale: LossScale | None,
+    ) -> None:
+        self.module = module
+        self.replica = strategy.wrap(module)
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.plan = plan
+        self.strategy = strategy
+        self.ranks = ranks
+        self.total_steps = total_steps
+        self.max_norm = max_norm
+        self.nonfinite = nonfinite
+        self.loss_scale = loss_scale
+        self.names = [n for n, p in module.task.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in module.task.parameters() if p.requires_grad]
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.generator = _generator(ranks.device)
+        self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.faults = torch.zeros((), device=ranks.device)
+        self.norm = torch.zeros((), device=ranks.device)
+        self.current: MicroBatch | None = None
+
+    def __call__(self, step: int, batches: Iterator[Batch]) -> None:
+        """Take step ``step`` (from 0), drawing this rank's micro-batches from ``batches``."""
+        self._accumulate(step, batches)
+        gradients, account = self._gradients()
+        count = account[0]
+        self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
+        bad = ~torch.isfinite(self.norm + account[1])
+        factor = 1 / count
+        if self.max_norm is not None:
+            factor = factor * (self.max_norm / (self.norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, factor)
+        rate = self.schedule(step, self.total_steps)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * rate
+        self._tell(account, bad)
+        self._update(self._must_skip(bad))
+
+    def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
+        """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
+        mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
+        for micro_batch in mine[:-1]:
+            with self.strategy.accumulate(self.replica):
+                self._backward(micro_batch, batches)
+        if mine:
+            self._backward(mine[-1], batches)
+        else:
+            self.replica(None).backward()
+        self.current = None
+
+    def _backward(self, micro_batch: MicroBatch, batches: Iterator[Batch]) -> None:
+        self.current = micro_batch
+        batch = next(batches)
+        key = derive(self.plan.seed, "forward", micro_batch.step, micro_batch.index)
+        self.generator.manual_seed(key)
+        total = self.replica(batch)
+        if self.loss_scale is not None:
+            total = total * self.loss_scale.value
+        total.backward()
+
+    def _gradients(self) -> tuple[list[Tensor], Tensor]:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) < len(self.parameters):
+            unused = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+            raise TrainingError(
+                f"{len(unused)} of {len(self.parameters)} parameters got no gradient: "
+                f"{', '.join(unused)}; use them in the loss, or freeze them (requires_grad=False)"
+            )
+        account = self.module.account.grad
+        assert account is not None
+        return gradients, account
+
+    def _tell(self, account: Tensor, bad: Tensor) -> None:
+        if self.loss_scale is not None:
+            account = account / self.loss_scale.value
+        self.module.window.account += account.where(~bad, 0.0)
+
+    def _must_skip(self, bad: Tensor) -> Tensor:
+        """Whether to leave the weights alone: after a fault that stops the run, for good."""
+        fault = bad if self.loss_scale is None else self.loss_scale.update(bad)
+        if self.nonfinite is NonFinite.skip:
+            self.faults += fault
+            return bad
+        stopped = (self.faults + fault) > 0
+        self.faults += stopped
+        return bad | stopped
+
+    def _update(self, skip: Tensor) -> None:
+        if self.skips_on_device:
+            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skip.item():
+            self.optimizer.step()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def first_fault(self, steps: int) -> int | None:
+        """After ``steps`` steps: the one whose numbers were not finite, if that stops the run."""
+        faults = int(self.faults.item())
+        return steps - faults if faults and self.nonfinite is NonFinite.stop else None
+
+    def read(self) -> dict[str, float]:
+        """Return what happened since the last call, over all ranks; every rank must call it."""
+        window = self.module.window
+        scale = self.norm if self.loss_scale is None else self.loss_scale.value
+        numbers = torch.stack([*window.account, self.norm, self.faults, scale]).tolist()
+        count, total, told, norm, faults, scale_now = numbers
+        window.account.zero_()
+        scalars = {
+            "loss": total / count if count else float("nan"),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+        }
+        if told:
+            scalars |= merge_logs(self.ranks.gather(window.take_logs()))
+        if faults:
+            scalars["skipped_steps"] = faults
+        if self.loss_scale is not None:
+            scalars["loss_scale"] = scale_now
+        return scalars
+
+    def numbers(self) -> dict[str, float]:
+        """What a checkpoint must hold besides tensors of the model and the optimiser."""
+        skipping = self.nonfinite is NonFinite.skip
+        numbers = {"skipped_steps": self.faults.item() if skipping else 0.0}
+        if self.loss_scale is not None:
+            numbers["loss_scale"] = self.loss_scale.value.item()
+            numbers["finite_steps"] = self.loss_scale.finite_steps.item()
+        return numbers
+
+    def load_numbers(self, numbers: dict[str, float]) -> None:
+        """Put back what ``numbers`` returned."""
+        self.faults.fill_(numbers["skipped_steps"])
+        if self.loss_scale is not None and "loss_scale" in numbers:
+            self.loss_scale.value.fill_(numbers["loss_scale"])
+            self.loss_scale.finite_steps.fill_(numbers["finite_steps"])
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The generator that the layers of a model draw from on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        generator: torch.Generator = torch.cuda.default_generators[device.index]
+        return generator
+    return torch.default_generator

@@ -1,0 +1,7 @@
+"""What is trained: the loss of a batch and the metrics of an evaluation."""
+
+from ddptrain.tasks.classification import BinaryClassification, Classification
+from ddptrain.tasks.language_model import LanguageModel
+from ddptrain.tasks.task import Batch, Loss, Task
+
+__all__ = ["Batch", "BinaryClassification", "Classification", "LanguageModel", "Loss", "Task"]

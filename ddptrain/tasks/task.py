@@ -1,0 +1,57 @@
+"""The contract between a user's task and the trainer: a loss is a sum and a count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+Batch: TypeAlias = Any
+"""What the data set's samples collate to: a tensor, or tuples, lists and dicts of tensors."""
+
+
+@dataclass(slots=True)
+class Loss:
+    """The loss of one micro-batch, unreduced: the trainer divides Σ sums by Σ counts.
+
+    ``sum`` is a scalar tensor with gradient; ``count`` says over how many items it runs (samples,
+    tokens). ``logs`` are further values by name: a scalar is taken as a mean over ``count`` items,
+    a pair ``(sum, count)`` as it is; what reaches the logs is the mean over all ranks and steps
+    since the last line.
+    """
+
+    sum: Tensor
+    count: int | float | Tensor
+    logs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(nn.Module):
+    """Base of every task. A subclass must write ``forward``; the rest has defaults."""
+
+    def forward(self, batch: Batch) -> Loss:
+        """Return the loss of one micro-batch."""
+        raise TypeError(f"{type(self).__name__} has no forward(batch) that returns a Loss")
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return fresh torchmetrics by name, for one evaluation."""
+        from torchmetrics import MeanMetric
+
+        return {"loss": MeanMetric().set_dtype(torch.float64)}
+
+    def update(self, metrics: dict[str, Metric], batch: Batch) -> None:
+        """Add one micro-batch to the metrics; called in eval mode, without gradients."""
+        self.update_loss(metrics, self(batch))
+
+    def update_loss(self, metrics: dict[str, Metric], loss: Loss) -> None:
+        """Add a micro-batch's loss to ``metrics["loss"]``, weighted by its count."""
+        metrics["loss"].update(loss.sum.double() / loss.count, weight=loss.count)
+
+    def example(self) -> str | None:
+        """Return a piece of what the model does, to show at the end of a run, or None."""
+        return None
