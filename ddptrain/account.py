@@ -35,6 +35,7 @@ class Accounted(nn.Module):
         self.window = window
         self.autocast = autocast
         self.account = nn.Parameter(torch.zeros(3))
+        self.scalars: dict[float, Tensor] = {}
 
     def forward(self, batch: Batch | None) -> Tensor:
         """Return the scalar to call ``backward`` on; None is a rank's part of a step too short."""
@@ -50,15 +51,25 @@ class Accounted(nn.Module):
             )
         total = loss.sum.float()
         told = self.window.add(loss) if loss.logs else 0
-        entries = torch.stack([_scalar(value, total) for value in (loss.count, total, told)])
-        return total + torch.dot(self.account, entries)
+        entries = [self.scalar(loss.count), total.detach(), self.scalar(told)]
+        return total + torch.dot(self.account, torch.stack(entries))
+
+    def scalar(self, value: Any) -> Tensor:
+        """A float32 scalar on the device; counts recur, so the same ones serve again."""
+        if isinstance(value, Tensor):
+            return _scalar(value, self.account)
+        if value not in self.scalars:
+            if len(self.scalars) > 1024:
+                self.scalars.clear()
+            self.scalars[value] = _scalar(value, self.account)
+        return self.scalars[value]
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
     """A float32 scalar on the device of ``like``, without waiting for the device."""
     if isinstance(value, Tensor):
         return value.detach().to(like.device, like.dtype, non_blocking=True)
-    return like.new_full((), float(value))
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
 class Window:

@@ -74,6 +74,7 @@ def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
         if override.is_sweep_override() and not sweep:
             raise Refused(f"{line}: several values are a sweep; use `ddptrain train --multirun`")
         is_group = any((tree / override.key_or_group).is_dir() for tree in trees)
+        is_group = is_group and not isinstance(override.value(), dict)
         locked = not (is_group or override.is_delete() or override.package is not None)
         arguments.append("++" + line.lstrip("+") if locked else line)
     if len(trees) > 1:

@@ -65,16 +65,15 @@ class Step:
         self._accumulate(step, batches)
         gradients, account = self._gradients()
         count = account[0]
-        self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
-        bad = ~torch.isfinite(self.norm + account[1])
-        factor = 1 / count
-        if self.max_norm is not None:
-            factor = factor * (self.max_norm / (self.norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gradients, factor)
-        rate = self.schedule(step, self.total_steps)
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * rate
-        self._tell(account, bad)
+        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        self.norm = total / count
+        # One factor turns sums into means and clips: 1 / count, or max_norm / total if smaller.
+        divisor = count if self.max_norm is None else count.maximum(total / self.max_norm)
+        torch._foreach_mul_(gradients, divisor.reciprocal())
+        # Zero times a number is zero, unless the number is infinite or NaN.
+        bad = (total + account[1]) * 0 != 0
+        self._follow_schedule(step)
+        self._record(account, bad)
         self._update(self._must_skip(bad))
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
@@ -111,29 +110,38 @@ class Step:
         assert account is not None
         return gradients, account
 
-    def _tell(self, account: Tensor, bad: Tensor) -> None:
+    def _follow_schedule(self, step: int) -> None:
+        rate = self.schedule(step, self.total_steps)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * rate
+
+    def _record(self, account: Tensor, bad: Tensor) -> None:
+        """Add the step to the window of the next log line."""
         if self.loss_scale is not None:
             account = account / self.loss_scale.value
-        self.module.window.account += account.where(~bad, 0.0)
+        if self.loss_scale is not None or self.nonfinite is NonFinite.skip:
+            account = account.where(~bad, 0.0)
+        self.module.window.account += account
 
     def _must_skip(self, bad: Tensor) -> Tensor:
-        """Whether to leave the weights alone: after a fault that stops the run, for good."""
+        """1 if the weights are to be left alone, else 0: after a fault that stops, for good."""
         fault = bad if self.loss_scale is None else self.loss_scale.update(bad)
         if self.nonfinite is NonFinite.skip:
             self.faults += fault
-            return bad
-        stopped = (self.faults + fault) > 0
+            return bad.float()
+        stopped = (self.faults + fault > 0).float()
         self.faults += stopped
-        return bad | stopped
+        return stopped if self.loss_scale is None else stopped.maximum(bad.float())
 
     def _update(self, skip: Tensor) -> None:
         if self.skips_on_device:
-            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip.item():
             self.optimizer.step()
-        for parameter in self.module.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
+        self.module.account.grad = None
 
     def first_fault(self, steps: int) -> int | None:
         """After ``steps`` steps: the one whose numbers were not finite, if that stops the run."""

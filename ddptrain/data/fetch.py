@@ -44,7 +44,7 @@ class Source:
         indices = self.plan.indices(micro_batch)
         if self.in_memory:
             rows = torch.from_numpy(indices)
-            return tuple(tensor[rows] for tensor in self.dataset.tensors)
+            return tuple(tensor.index_select(0, rows) for tensor in self.dataset.tensors)
         return self.of_indices(indices.tolist(), micro_batch)
 
     def of_indices(self, indices: list[int], micro_batch: MicroBatch) -> Any:

@@ -1,0 +1,127 @@
+"""The loops that ddptrain is compared with; run one as ``torchrun … loops.py LOOP CASE``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import BATCH_PER_RANK, LEARNING_RATE, STEPS, Data, Timed
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+def hand(case: str) -> None:
+    """A hand-tuned DDP loop with nothing in it but training: no logging, no checks."""
+    dist.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(
+        Timed(case), gradient_as_bucket_view=True, static_graph=True
+    )
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+    data = Data(case)
+    sampler: DistributedSampler[Any] = DistributedSampler(data)
+    loader = DataLoader(data, BATCH_PER_RANK[case], sampler=sampler, drop_last=True)
+
+    def batches() -> Iterator[Any]:
+        epoch = 0
+        while True:
+            sampler.set_epoch(epoch)
+            yield from loader
+            epoch += 1
+
+    for step, (inputs, targets) in zip(range(STEPS[case]), batches(), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS[case]))
+        loss = model(inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    dist.destroy_process_group()
+
+
+def accelerate(case: str) -> None:
+    """Accelerate's documented loop, with the same DDP options, clipping and TensorBoard."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = Accelerator(
+            cpu=True,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(folder),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=True)
+            ],
+        )
+        accelerator.init_trackers("benchmark")
+        model = Timed(case)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        # The scheduler is stepped once per process and step: its horizon is in those units.
+        horizon = STEPS[case] * accelerator.num_processes
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, horizon)
+        loader = DataLoader(Data(case), BATCH_PER_RANK[case], shuffle=True, drop_last=True)
+        model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+        step = 0
+        while step < STEPS[case]:
+            for inputs, targets in loader:
+                loss = model(inputs, targets)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                step += 1
+                if step % 50 == 0:
+                    accelerator.log({"loss": loss.item()}, step=step)
+                if step == STEPS[case]:
+                    break
+        accelerator.end_training()
+
+
+def lightning(case: str) -> None:
+    """Lightning's Trainer, with the same DDP options, clipping, schedule and TensorBoard."""
+    import lightning as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.strategies import DDPStrategy
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.timed = Timed(case)
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            loss = self.timed(*batch)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, fused=True)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS[case])
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=DDPStrategy(gradient_as_bucket_view=True, static_graph=True),
+            max_steps=STEPS[case],
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=50,
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader = DataLoader(Data(case), BATCH_PER_RANK[case], shuffle=True, drop_last=True)
+        trainer.fit(Module(), loader)
+
+
+if __name__ == "__main__":
+    {"hand": hand, "accelerate": accelerate, "lightning": lightning}[sys.argv[1]](sys.argv[2])
