@@ -34,14 +34,16 @@ class Accounted(nn.Module):
         self.task = task
         self.window = window
         self.autocast = autocast
-        self.account = nn.Parameter(torch.zeros(3))
+        is_double = any(p.dtype == torch.float64 for p in task.parameters())
+        dtype = torch.float64 if is_double else torch.float32
+        self.account = nn.Parameter(torch.zeros(3, dtype=dtype))
         self.scalars: dict[float, Tensor] = {}
 
     def forward(self, batch: Batch | None) -> Tensor:
         """Return the scalar to call ``backward`` on; None is a rank's part of a step too short."""
         if batch is None:
             used = [p for p in self.parameters() if p.requires_grad]
-            return torch.stack([(p * 0).sum().float() for p in used]).sum()
+            return torch.stack([(p * 0).sum().to(self.account) for p in used]).sum()
         with self.autocast():
             loss = self.task(batch)
         if not isinstance(loss, Loss):
@@ -49,13 +51,13 @@ class Accounted(nn.Module):
                 f"{type(self.task).__name__}.forward returned {type(loss).__name__}, expected "
                 "ddptrain.Loss(sum, count)"
             )
-        total = loss.sum.float()
+        total = loss.sum.to(self.account.dtype)
         told = self.window.add(loss) if loss.logs else 0
         entries = [self.scalar(loss.count), total.detach(), self.scalar(told)]
         return total + torch.dot(self.account, torch.stack(entries))
 
     def scalar(self, value: Any) -> Tensor:
-        """A float32 scalar on the device; counts recur, so the same ones serve again."""
+        """A scalar on the device; counts recur, so the same ones serve again."""
         if isinstance(value, Tensor):
             return _scalar(value, self.account)
         if value not in self.scalars:
@@ -66,7 +68,7 @@ class Accounted(nn.Module):
 
 
 def _scalar(value: Any, like: Tensor) -> Tensor:
-    """A float32 scalar on the device of ``like``, without waiting for the device."""
+    """A scalar on the device and of the type of ``like``, without waiting for the device."""
     if isinstance(value, Tensor):
         return value.detach().to(like.device, like.dtype, non_blocking=True)
     return torch.full((), float(value), dtype=like.dtype, device=like.device)

@@ -137,7 +137,7 @@ def _config(parsed: argparse.Namespace) -> int:
 
 def _rerun(parsed: argparse.Namespace) -> int:
     run = RunDirectory(parsed.run.absolute())
-    config, provenance = run.load()
+    config, provenance = run.load(), run.provenance()
     now = origin()
     then = {key: provenance.get(key, {}) for key in now}
     different = changes(flatten(then), flatten(now))

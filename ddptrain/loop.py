@@ -70,6 +70,7 @@ class Trainer:
             self.done, manifest = found
             self.checkpoints.restore(self.done, manifest, self.task, self.step.optimizer)
             self.step.load_numbers(manifest["step_numbers"])
+            self.metrics = manifest["metrics"]
         self.logged = self.done
         self.observer.open(self.done, self.total_steps)
         return self.done

@@ -68,11 +68,15 @@ class RunDirectory:
     def export(self) -> Path:
         return self.path / "model.safetensors"
 
-    def load(self) -> tuple[Config, dict[str, Any]]:
-        """Return the stored config and its provenance. Raises ``Refused``."""
+    def load(self) -> Config:
+        """Return the stored config. Raises ``Refused``."""
         plain = _read_yaml(self.config)
-        provenance = plain.pop("provenance", {})
-        return validate(plain), provenance
+        plain.pop("provenance", None)
+        return validate(plain)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what was stored about the run's code: versions, commit, overrides, original."""
+        return dict(_read_yaml(self.config).get("provenance", {}))
 
     def has_checkpoint(self) -> bool:
         return any(self.checkpoints.glob("step-*/manifest.json"))
@@ -90,7 +94,7 @@ def check_directory(config: Config) -> None:
         )
     if not run.has_checkpoint() and config.run.resume is Resume.must:
         raise Refused(f"run.resume=must but {run.path} holds no checkpoint")
-    if run.config.exists() and (different := differences(run.load()[0], config)):
+    if run.config.exists() and (different := differences(run.load(), config)):
         raise Refused(
             f"{run.path} holds a run of another config: {'; '.join(different)}; "
             "name another run.dir, or undo the difference"

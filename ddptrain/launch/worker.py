@@ -10,7 +10,7 @@ from typing import Any
 from ddptrain.build import build_trainer
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import EXECUTION_ONLY, Config, Resume
-from ddptrain.errors import EXIT_COMPLETED, Refused
+from ddptrain.errors import EXIT_COMPLETED, NonFiniteError, Refused
 from ddptrain.loop import Trainer
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases
@@ -51,7 +51,7 @@ def run_rank(
         context = ""
         if trainer is not None:
             trainer.observer.close()
-            context = _where(trainer)
+            context = _where(trainer, error)
         code = exit_with(error, place, context, errors_on_screen)
         if trainer is not None and place.rank == 0:
             write_result(run, _result(trainer, "failed", began))
@@ -116,9 +116,11 @@ def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> R
     return RunDirectory(Path(ranks.from_first(path)))
 
 
-def _where(trainer: Trainer) -> str:
+def _where(trainer: Trainer, error: BaseException) -> str:
     """The step, and where one was under way its samples on this rank."""
     current = trainer.step.current
+    if isinstance(error, NonFiniteError):
+        return ""  # it says itself where it happened, which is not where it was noticed
     if current is None:
         return f"after step {trainer.done}: "
     samples = trainer.fetcher.source.plan.indices(current).tolist()

@@ -32,6 +32,8 @@ class Observer:
         self.screen: Screen = Silent()
         self.loggers: list[Logger] = []
         self.board: TensorBoard | None = None
+        self.resumed_at = 0
+        self.told: set[str] = set()
         self.history = History(run.path / "attempts.jsonl")
 
     def open(self, resumed_at: int, total_steps: int) -> None:
@@ -39,6 +41,9 @@ class Observer:
         if not self.speaks:
             return
         self.history.begin(resumed_at, self.run.metrics)
+        lines = read_json_lines(self.run.metrics)
+        self.told = {line["split"] for line in lines if line["step"] == resumed_at}
+        self.resumed_at = resumed_at
         self.loggers = [JsonLines(self.run.metrics, resumed_at)]
         if self.config.log.tensorboard:
             text = yaml.safe_dump(to_plain(self.config), sort_keys=False)
@@ -55,7 +60,7 @@ class Observer:
         self.phases.mark("first step")
         logger.info("%s", self.phases)
         self._compare_data(data, self.run.data, "what this run began with")
-        if original := self.run.load()[1]["rerun_of"]:
+        if original := self.run.provenance().get("rerun_of"):
             self._compare_data(data, RunDirectory(Path(original)).data, f"its original {original}")
         replace_text(self.run.data, json.dumps(data, indent=1))
 
@@ -66,6 +71,8 @@ class Observer:
             logger.warning("the data differs from %s: data.%s", what, change)
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
+        if step == self.resumed_at and split in self.told:
+            return  # a repeated evaluation of the step that this run was resumed at
         for logger in self.loggers:
             logger.log(step, split, scalars)
 

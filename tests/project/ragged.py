@@ -1,0 +1,122 @@
+"""A user's own model, task and data set, outside the package, that need all that is promised.
+
+Sentences of different lengths (so counts differ between micro-batches), dropout, and augmentation
+that draws from the global generators of Python, numpy and torch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from ddptrain import Loss, Task
+
+LENGTH = 12
+
+
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Tokens and, as the target, how each compares with the one before; padded with -1."""
+
+    def __init__(
+        self,
+        samples: int = 86,
+        noisy: bool = True,
+        fail_at: int | None = None,
+        odd_at: int | None = None,
+        infinite_at: int | None = None,
+    ) -> None:
+        generator = torch.Generator().manual_seed(samples)
+        self.tokens = torch.randn(samples, LENGTH, generator=generator)
+        self.lengths = torch.randint(1, LENGTH + 1, (samples,), generator=generator)
+        self.noisy = noisy
+        self.fail_at = fail_at
+        self.odd_at = odd_at
+        if infinite_at is not None:
+            self.tokens[infinite_at] = float("inf")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == self.fail_at:
+            raise ValueError("the file is corrupt")
+        tokens = self.tokens[index]
+        target = (tokens > tokens.roll(1)).long()
+        target[self.lengths[index] :] = -1
+        if self.noisy:
+            noise = random.gauss(0, 0.1) + float(np.random.standard_normal()) * 0.1
+            tokens = tokens + noise + 0.1 * torch.randn(LENGTH)
+        if index == self.odd_at:
+            tokens = tokens[:-1]
+        return {"tokens": tokens, "target": target}
+
+
+class Network(nn.Module):
+    """A window over neighbouring tokens, with dropout; ``extra`` adds a layer that is not used."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.2, extra: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(1, width, 3, padding=1)
+        self.second = nn.Conv1d(width, 2, 3, padding=1)
+        self.dropout = dropout
+        if extra:
+            self.forgotten = nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = functional.gelu(self.first(tokens.unsqueeze(1).to(self.first.weight.dtype)))
+        out: Tensor = self.second(functional.dropout(hidden, self.dropout, self.training))
+        return out
+
+
+class Tagging(Task):
+    """Cross-entropy over the tokens that are not padding; can be told to fail.
+
+    ``kill_at`` and ``raise_at`` are forwards of rank ``culprit``, counted from the process's start;
+    a kill happens only before the file ``once`` exists, which it makes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        culprit: int = -1,
+        raise_at: int | None = None,
+        kill_at: int | None = None,
+        once: str | None = None,
+        double: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.double() if double else model
+        self.is_culprit = int(os.environ.get("RANK", "0")) == culprit
+        self.raise_at = raise_at
+        self.kill_at = kill_at
+        self.once = once
+        self.forwards = 0
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        self.forwards += 1
+        if self.is_culprit and self.forwards == self.raise_at:
+            raise KeyError("a bug in user code")
+        if self.is_culprit and self.forwards == self.kill_at and self._not_yet():
+            os.kill(os.getpid(), signal.SIGKILL)
+        target = batch["target"]
+        logits = self.model(batch["tokens"])
+        total = functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        kept = target >= 0
+        right = ((logits.argmax(1) == target) & kept).sum()
+        return Loss(total, kept.sum(), {"accuracy": (right, kept.sum())})
+
+    def _not_yet(self) -> bool:
+        if self.once is None:
+            return True
+        try:
+            open(self.once, "x").close()
+        except FileExistsError:
+            return False
+        return True

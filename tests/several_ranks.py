@@ -1,0 +1,127 @@
+"""Runs under torchrun: what depends on the number of ranks, computed once for many tests.
+
+Writes a JSON object to the file it is given; the tests compare it between numbers of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddptrain.account import Window, merge_logs
+from ddptrain.build import build_trainer
+from ddptrain.compose import compose
+from ddptrain.config import Config
+from ddptrain.launch.worker import TIMEOUT
+from ddptrain.loop import Trainer
+from ddptrain.observe.phases import Phases
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.place import Place
+from ddptrain.run_directory import RunDirectory
+from ddptrain.tasks import Loss
+
+ACCUMULATION = (1, 3, 4)
+GLOBAL_BATCH = 24
+
+
+def trainer(ranks: Ranks, folder: Path, *overrides: str) -> Trainer:
+    config: Config = compose(["experiment=ragged", "log.tensorboard=false", *overrides])
+    return build_trainer(config, ranks, RunDirectory(folder), Phases())
+
+
+def weights_after_steps(ranks: Ranks, folder: Path, micro: int, *more: str) -> list[list[float]]:
+    """Weights after a full step and after a short one, by plain descent: gradients, in effect."""
+    made = trainer(
+        ranks,
+        folder,
+        "model.dropout=0",
+        "data.train={_target_:ragged.Sentences,samples:43,noisy:false}",
+        "optim=sgd",
+        "optim.momentum=0",
+        "optim.nesterov=false",
+        "schedule=constant",
+        f"train.global_batch_size={GLOBAL_BATCH}",
+        f"train.micro_batch_size={micro}",
+        *more,
+    )
+    batches = made.fetcher.steps(0, 2, ranks.rank, ranks.world_size)
+    weights = []
+    for step in range(2):
+        made.step(step, batches)
+        flat = torch.cat([p.detach().double().flatten() for p in made.task.parameters()])
+        weights.append(flat.tolist())
+    return weights
+
+
+def gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """By accumulation, with clipping and without, single and double."""
+    return {
+        f"{accumulation}/{clip}/{double}": weights_after_steps(
+            ranks,
+            folder,
+            GLOBAL_BATCH // (ranks.world_size * accumulation),
+            f"train.grad_clip.max_norm={clip}",
+            f"task.double={double}",
+        )
+        for accumulation in ACCUMULATION
+        for clip in ("null", "0.05")
+        for double in ("false", "true")
+        if GLOBAL_BATCH % (ranks.world_size * accumulation) == 0
+    }
+
+
+def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of 21 samples, by experiment and micro-batch size."""
+    found = {}
+    for micro in (1, 2, 4, 5, 8):
+        for name, target in (("digits", "Digits"), ("breast_cancer", "BreastCancer")):
+            made = build_trainer(
+                compose(
+                    [
+                        f"experiment={name}",
+                        f"data.val={{_target_:first.First,count:21,of:{target}}}",
+                        f"eval.micro_batch_size={micro}",
+                        "log.tensorboard=false",
+                    ]
+                ),
+                ranks,
+                RunDirectory(folder),
+                Phases(),
+            )
+            found[f"{name}/{micro}"] = made.evaluations["val"].run()
+    return found
+
+
+def differing_logs(ranks: Ranks) -> dict[str, float]:
+    """What ranks log when their keys, order and counts differ."""
+    window = Window(ranks.device)
+    one = torch.ones(())
+    for sample in range(12):
+        if sample * ranks.world_size // 12 != ranks.rank:
+            continue
+        logs = {"all": one * sample, f"only_{sample % 3}": (one * sample, 2)}
+        if ranks.rank % 2:
+            logs = dict(reversed(logs.items()))
+        window.add(Loss(one, sample + 1, logs))
+    return merge_logs(ranks.gather(window.take_logs()))
+
+
+def main(file: Path) -> None:
+    place = Place.from_environment()
+    ranks = Ranks(place, torch.device("cpu"), TIMEOUT)
+    found = {
+        "gradients": gradients(ranks, file.parent),
+        "evaluations": evaluations(ranks, file.parent),
+        "logs": differing_logs(ranks),
+    }
+    if ranks.is_first:
+        file.write_text(json.dumps(found))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,83 @@
+"""The number of ranks changes nothing: gradients, evaluations and logged values."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import PROJECT, TORCHRUN, run
+
+Found = dict[str, Any]
+ALONE = 1
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
+    """What ``several_ranks.py`` finds on 1, 2, 3 and 4 real ranks."""
+    script = Path(__file__).with_name("several_ranks.py")
+    found = {}
+    for ranks in (1, 2, 3, 4):
+        file = tmp_path_factory.mktemp(f"ranks{ranks}") / "found.json"
+        # -m would put tests/ instead of the project on the path
+        command = [*TORCHRUN, str(ranks), str(script), str(file)]
+        finished = run(command, PROJECT)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        found[ranks] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
+@pytest.mark.parametrize("clip", ["null", "0.05"])
+@pytest.mark.parametrize(("double", "tolerance"), [("false", 1e-6), ("true", 1e-12)])
+def test_gradient_is_that_of_one_process_on_the_whole_batch(
+    by_ranks: dict[int, Found],
+    ranks: int,
+    accumulation: int,
+    clip: str,
+    double: str,
+    tolerance: float,
+) -> None:
+    if 24 % (ranks * accumulation):
+        pytest.skip("24 samples cannot be cut so")
+    whole = torch.tensor(by_ranks[ALONE]["gradients"][f"1/{clip}/{double}"])
+    cut = torch.tensor(by_ranks[ranks]["gradients"][f"{accumulation}/{clip}/{double}"])
+    for step in (0, 1):  # a full global batch, then a short one
+        error = torch.linalg.vector_norm(cut[step] - whole[step])
+        assert error <= tolerance * torch.linalg.vector_norm(whole[step])
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_clipping_binds(by_ranks: dict[int, Found]) -> None:
+    free, clipped = (by_ranks[2]["gradients"][f"1/{clip}/false"] for clip in ("null", "0.05"))
+    assert free != clipped
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_evaluation_sees_each_of_21_samples_once(by_ranks: dict[int, Found], ranks: int) -> None:
+    alone, together = by_ranks[ALONE]["evaluations"], by_ranks[ranks]["evaluations"]
+    assert alone.keys() == together.keys()
+    for case, metrics in alone.items():
+        for name, value in metrics.items():
+            exact = name != "loss"  # a sum of floats, in float64
+            assert math.isclose(together[case][name], value, rel_tol=0 if exact else 1e-12), case
+
+
+def test_micro_batch_size_does_not_change_an_evaluation(by_ranks: dict[int, Found]) -> None:
+    for metrics in by_ranks[3]["evaluations"].items():
+        experiment = metrics[0].split("/")[0]
+        assert metrics[1]["accuracy"] == by_ranks[1]["evaluations"][f"{experiment}/1"]["accuracy"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_logged_values_are_weighted_means_whoever_logs_them(
+    by_ranks: dict[int, Found], ranks: int
+) -> None:
+    everything = sum(s * (s + 1) for s in range(12)) / sum(s + 1 for s in range(12))
+    expected = {"all": everything}
+    expected |= {f"only_{k}": sum(range(k, 12, 3)) / 8 for k in range(3)}
+    assert by_ranks[ranks]["logs"] == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,162 @@
+"""A run that is killed at any step and started again ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import (
+    DDPTRAIN,
+    LIMIT_SECONDS,
+    PROJECT,
+    TORCHRUN,
+    kill_tree,
+    read_metrics,
+    read_result,
+    run,
+    start,
+    train,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ddptrain.build import build_trainer
+from ddptrain.compose import compose
+from ddptrain.launch.worker import TIMEOUT
+from ddptrain.observe.phases import Phases
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.place import Place
+from ddptrain.run_directory import open_directory
+
+RANKS = 2
+Command = list[str]
+
+
+def command(run_dir: Path, *overrides: str) -> Command:
+    base = [*TORCHRUN, str(RANKS), "-m", "ddptrain", "experiment=ragged"]
+    return [*base, f"run.dir={run_dir}", *overrides]
+
+
+def kill_at(step: int, attempt: int, run_dir: Path, *overrides: str) -> None:
+    """Start the run for the ``attempt``-th time; SIGKILL all its processes once past ``step``."""
+    process = start(command(run_dir, *overrides))
+    attempts, metrics = run_dir / "attempts.jsonl", run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while lines_of(attempts) < attempt or lines_of(metrics) < step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    kill_tree(process.pid)
+    process.communicate()
+
+
+def lines_of(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train(run_dir, RANKS, "experiment=ragged"), run_dir
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_runs_end_with_the_same_bits(
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path, workers: int
+) -> None:
+    result, run_dir = undisturbed
+    chance = random.Random(workers)
+    again = tmp_path / "run"
+    for attempt, after in ((1, 0), (2, 60), (3, 120)):
+        kill_at(after + chance.randint(5, 50), attempt, again, f"data.workers={workers}")
+    finished = run(command(again, f"data.workers={workers}"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    ended = read_metrics(again), read_metrics(again, "val")
+    assert ended == (read_metrics(run_dir), read_metrics(run_dir, "val"))
+    told = read_result(again)
+    assert told["weights_sha256"] == result["weights_sha256"]
+    assert told["metrics"] == result["metrics"]
+    assert told["restarts"] == 3
+    _check_curves(again)
+    assert sorted(p.name for p in (again / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000196",
+        "step-00000200",
+    ]
+
+
+def _check_curves(run_dir: Path) -> None:
+    """TensorBoard shows one run whose steps increase, and none beyond what was kept."""
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(1, 201))
+    assert [event.step for event in events.Scalars("val/loss")] == list(range(50, 201, 50))
+
+
+def test_another_config_is_refused(
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    _, run_dir = undisturbed
+    refused = run([*DDPTRAIN, "experiment=ragged", f"run.dir={run_dir}", "optim.lr=0.5", "seed=3"])
+    assert refused.returncode == 2
+    line = refused.stderr.strip()
+    assert "\n" not in line
+    assert "optim.lr: 0.01 → 0.5" in line
+    assert "seed: 0 → 3" in line
+
+
+def test_resume_never_and_must(undisturbed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    _, run_dir = undisturbed
+    never = run([*DDPTRAIN, "experiment=ragged", f"run.dir={run_dir}", "run.resume=never"])
+    must = run([*DDPTRAIN, "experiment=ragged", f"run.dir={tmp_path / 'new'}", "run.resume=must"])
+    assert (never.returncode, must.returncode) == (2, 2)
+    assert "holds a checkpoint" in never.stderr
+    assert "holds no checkpoint" in must.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_torchrun_restart_finds_its_own_run(
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Rank 1 is killed once; the agent starts both again, and without run.dir they go on."""
+    project = shutil.copytree(PROJECT, tmp_path / "project")
+    overrides = ["task.culprit=1", "task.kill_at=60", f"task.once={tmp_path / 'killed'}"]
+    launcher = [*TORCHRUN, str(RANKS), "--max-restarts=1", "-m", "ddptrain"]
+    finished = run([*launcher, "experiment=ragged", *overrides], project)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert (tmp_path / "killed").exists()
+    (only,) = (project / "runs" / "ragged").iterdir()
+    told = read_result(only)
+    assert told["weights_sha256"] == undisturbed[0]["weights_sha256"]
+    assert told["restarts"] == 1
+
+
+def test_resume_at_step_a_million_reads_no_sample_that_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    overrides = ["experiment=ragged", "train.max_steps=1000002", "log.tensorboard=false"]
+    config = compose([*overrides, "eval.every_steps=null", "data.val=null"])
+    config.run.dir = str(tmp_path)
+    directory = open_directory(config, overrides)
+    ranks = Ranks(Place(), torch.device("cpu"), TIMEOUT)
+    before = build_trainer(config, ranks, directory, Phases())
+    before.done = 1_000_000
+    before.save()
+    after = build_trainer(config, ranks, directory, Phases())
+    fetched: list[int] = []
+    dataset = after.fetcher.source.dataset
+    original = type(dataset).__getitem__
+    monkeypatch.setattr(
+        type(dataset), "__getitem__", lambda self, i: fetched.append(i) or original(self, i)
+    )
+    after.train()
+    assert after.done == 1_000_002
+    samples_of_two_steps = after.fetcher.source.plan.samples_before(2)
+    digest = 16
+    assert len(fetched) <= samples_of_two_steps + digest
