@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +12,7 @@ from omegaconf import DictConfig
 
 from ddptrain.compose import compose, config_trees, hydra_arguments
 from ddptrain.errors import EXIT_COMPLETED
+from ddptrain.run_directory import open_directory
 
 
 def sweep(overrides: list[str]) -> int:
@@ -42,14 +41,12 @@ def sweep(overrides: list[str]) -> int:
 
 def run_trial(overrides: list[str]) -> float:
     """Train with these overrides in processes of their own; return ``checkpoint.metric``."""
-    print("trial:", *(o.lstrip("+") for o in overrides), flush=True)
     config = compose(overrides)
-    metric = config.checkpoint.metric
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "run"
-        command = [sys.executable, "-m", "ddptrain", "train", f"run.dir={told}", *overrides]
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            raise RuntimeError(f"trial {' '.join(overrides)} exited {done.returncode}")
-        result = json.loads((Path(told.read_text()) / "result.json").read_text())
-    return float(result["metrics"].get(metric, float("nan")))
+    run = open_directory(config, overrides)
+    print("\ntrial:", *(override.lstrip("+") for override in overrides), flush=True)
+    command = [sys.executable, "-m", "ddptrain", "train", *overrides, f"run.dir={run.path}"]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise RuntimeError(f"trial {' '.join(overrides)} exited {done.returncode}")
+    metrics = json.loads(run.result.read_text())["metrics"]
+    return float(metrics.get(config.checkpoint.metric, "nan"))

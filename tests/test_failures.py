@@ -1,0 +1,94 @@
+"""A rank that fails ends the run within seconds, and the real error is the last on the screen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import DDPTRAIN, PROJECT, TORCHRUN, Finished, run
+
+LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]
+UNDER_TORCHRUN = [*TORCHRUN, "2", "-m", "ddptrain"]
+SHORT = ["experiment=ragged", "train.max_steps=12", "log.tensorboard=false"]
+
+
+def last_line(finished: Finished) -> str:
+    return finished.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PROJECT, tmp_path / "project"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("data.train.fail_at=17", r"data\.train \(Sentences\): sample 17: ValueError: the file is"),
+        ("data.train.odd_at=17", r"data\.train \(Sentences\): sample 17 is .*\(11,\).*\(12,\)"),
+        ("data.train.infinite_at=17", r"the loss is (nan|inf) on rank [01], samples 17;"),
+        ("model.extra=true", r"forgotten\.weight, model\.forgotten\.bias; use them in the loss"),
+        ("task.culprit=1 task.raise_at=20", r"^rank 1 .*step \d+, samples [\d, ]+: KeyError"),
+        ("task.culprit=1 task.kill_at=20", r"^rank 1: was killed by SIGKILL"),
+        ("data.train.samples=5", r"has 5 samples, fewer than train\.global_batch_size=24"),
+        ("data.train.samples=0", r"data\.train \(Sentences\): it is empty"),
+        ("model.width=-3", r"^.*model: could not build ragged\.Network: RuntimeError"),
+    ],
+)
+def test_first_error_is_the_last_line(project: Path, fault: str, expected: str) -> None:
+    finished = run([*LAUNCHED, *SHORT, *fault.split()], project)
+    refused = "could not build" in expected or "samples=" in fault
+    assert finished.returncode == (2 if refused else 1)
+    assert re.search(expected, last_line(finished)), finished.stderr
+    (run_dir,) = (project / "runs" / "ragged").iterdir()
+    if "kill_at" not in fault:
+        logs = [file.read_text() for file in (run_dir / "logs").iterdir()]
+        assert any(re.search(expected, line) for log in logs for line in log.splitlines())
+    assert (
+        not (run_dir / "result.json").exists()
+        or "failed" in (json.loads((run_dir / "result.json").read_text())["status"])
+    )
+
+
+def test_failing_worker_process_names_the_sample(project: Path) -> None:
+    finished = run([*LAUNCHED, *SHORT, "data.workers=1", "data.train.fail_at=17"], project)
+    assert finished.returncode == 1
+    assert "sample 17: ValueError: the file is corrupt" in last_line(finished)
+
+
+def test_torchrun_report_ends_with_the_error(project: Path) -> None:
+    """What torchrun prints of its own ends in a ruler; the error stands right above it."""
+    finished = run([*UNDER_TORCHRUN, *SHORT, "task.culprit=1", "task.raise_at=20"], project)
+    assert finished.returncode == 1
+    ruler, error = finished.stderr.strip().splitlines()[:-3:-1]
+    assert set(ruler) == {"="}
+    assert re.search(r"rank 1 .*step \d+, samples [\d, ]+: KeyError: 'a bug in user code'", error)
+
+
+def test_typo_under_torchrun_is_said_once(project: Path) -> None:
+    finished = run([*UNDER_TORCHRUN, *SHORT, "train.max_step=3"], project)
+    before_report = finished.stderr.split("Traceback")[0]
+    assert before_report.count("did you mean train.max_steps?") == 1
+    assert not (project / "runs").exists()
+
+
+def test_too_many_ranks_are_refused_with_sizes_that_work(project: Path) -> None:
+    finished = run([*DDPTRAIN, "train", *SHORT, "launch.nproc_per_node=13"], project)
+    assert finished.returncode == 2
+    assert "at most 12 ranks, or train.micro_batch_size=1 or less would do" in finished.stderr
+    assert not (project / "runs").exists()
+
+
+def test_skip_passes_over_a_bad_step_and_counts_it(project: Path) -> None:
+    bad = ["data.train.infinite_at=17", "train.nonfinite=skip"]
+    finished = run([*LAUNCHED, *SHORT, *bad], project)
+    assert finished.returncode == 0, finished.stderr
+    (run_dir,) = (project / "runs" / "ragged").iterdir()
+    lines = list(map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()))
+    skipped = [line.get("skipped_steps", 0) for line in lines if line["split"] == "train"]
+    assert skipped[0] == 0
+    assert skipped[-1] in (3, 4)  # once an epoch of four steps
+    assert lines[-1]["loss"] is not None
