@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = ["rank", *given]
     make_importable()
     try:
-        parsed = _parser().parse_args(given)
+        parsed = _parse(given)
         return COMMANDS[parsed.command](parsed)
     except TrainingError as error:
         line = f"ddptrain: {error}"
@@ -34,6 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(line, file=sys.stderr, flush=True)
         tell_agent(line)
         return error.exit_code
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """Parse a command line on which overrides may stand before and after options."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(given)
+    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -108,10 +108,10 @@ def open_directory(
     check_directory(config)
     if config.run.dir is None:
         run = RunDirectory(_create_new(Path("runs") / str(config.run.name)))
-        config.run.dir = str(run.path)
     else:
         run = RunDirectory(Path(config.run.dir).absolute())
         run.path.mkdir(parents=True, exist_ok=True)
+    config.run.dir = str(run.path)
     if not run.config.exists():
         provenance = {**origin(), "overrides": overrides, "rerun_of": rerun_of}
         run.code_diff.write_text(_git("diff", "HEAD") or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class BreastCancer(TensorDataset):
 class StandardLibrary(Dataset[Tensor]):
     """The source of the Python that is running, as windows of ``context + 1`` bytes.
 
-    Whole files go to one split, one in twenty to validation, by a hash of their path. Windows of
+    Whole files go to one split, one in a hundred to validation, by a hash of their path. Windows of
     the concatenated files overlap by one byte, so every byte but the first is predicted once.
     """
 
@@ -64,12 +65,9 @@ class StandardLibrary(Dataset[Tensor]):
             raise ValueError(f"split {split!r}: expected 'train' or 'val'")
         root = Path(sysconfig.get_paths()["stdlib"])
         text = bytearray()
-        for file in sorted(root.rglob("*.py")):
-            name = file.relative_to(root).as_posix()
-            if name.startswith("site-packages/"):
-                continue
-            if (derive(0, "file", *name.encode()) % 20 == 0) == (split == "val"):
-                text += file.read_bytes()
+        for name in _source_files(root):
+            if (derive(0, f"file/{name}") % 100 == 0) == (split == "val"):
+                text += (root / name).read_bytes()
         self.bytes = torch.frombuffer(text, dtype=torch.uint8)
         self.context = context
 
@@ -83,3 +81,13 @@ class StandardLibrary(Dataset[Tensor]):
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         windows = self.bytes.unfold(0, self.context + 1, self.context)
         return windows[torch.as_tensor(indices)].long()
+
+
+def _source_files(root: Path) -> list[str]:
+    """Python files below ``root`` in name order, without those of installed packages."""
+    names = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in ("site-packages", "__pycache__")]
+        here = Path(folder).relative_to(root)
+        names += [(here / name).as_posix() for name in files if name.endswith(".py")]
+    return sorted(names)

@@ -1,0 +1,157 @@
+"""The commands around a run, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import DDPTRAIN, PROJECT, TORCHRUN, Finished, read_result, run
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+SHORT = ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6", "log.every_steps=3"]
+
+
+def ended_well(finished: Finished) -> str:
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(PROJECT, tmp_path_factory.mktemp("commands") / "project"))
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> Path:
+    """A run on two ranks that keeps its best checkpoint."""
+    best = ["checkpoint.keep_best=1", "launch.nproc_per_node=2"]
+    out = ended_well(run([*DDPTRAIN, "train", *SHORT, *best, "run.dir=runs/first"], project))
+    assert "completed after 12 steps" in out
+    assert "tensorboard --logdir runs" in out
+    return project / "runs" / "first"
+
+
+def test_run_directory_holds_what_is_promised(trained: Path) -> None:
+    present = {path.name for path in trained.iterdir()}
+    promised = {"config.yaml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "logs"}
+    assert promised <= present
+    logs = sorted(path.name for path in (trained / "logs").iterdir())
+    assert [name.split(".")[0] for name in logs] == ["rank-0", "rank-1"]
+    result = read_result(trained)
+    assert result["status"] == "completed"
+    assert (result["step"], result["world_size"], result["restarts"]) == (12, 2, 0)
+    assert set(result) == {
+        *("status", "step", "samples", "epochs", "metrics", "weights_sha256", "wall_seconds"),
+        *("step_ms_median", "world_size", "restarts", "lost_steps"),
+    }
+    first_step = (trained / "logs" / logs[0]).read_text()
+    assert "first step after" in first_step
+    assert "imports" in first_step
+
+
+def test_metrics_are_against_optimiser_steps_with_samples_beside(trained: Path) -> None:
+    lines = list(map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()))
+    train = [line for line in lines if line["split"] == "train"]
+    assert [line["step"] for line in train] == [3, 6, 9, 12]
+    # 86 samples in batches of 24: the fourth step of an epoch has 14
+    assert [line["samples"] for line in train] == [72, 134, 196, 258]
+    assert {"loss", "lr", "grad_norm", "samples_per_second", "accuracy"} <= set(train[0])
+    assert [line["step"] for line in lines if line["split"] == "val"] == [6, 12]
+
+
+def test_evaluate_agrees_with_the_run_on_any_number_of_ranks(trained: Path, project: Path) -> None:
+    told = read_result(trained)["metrics"]["val/loss"]
+    for launcher in (DDPTRAIN, [*TORCHRUN, "3", "-m", "ddptrain"]):
+        out = ended_well(run([*launcher, "evaluate", str(trained)], project))
+        metrics = json.loads(out.strip().splitlines()[-1])
+        assert metrics["step"] == 12
+        assert metrics["val/loss"] == pytest.approx(told, rel=1e-12)
+
+
+def test_export_holds_the_weights_of_the_checkpoint(trained: Path, project: Path) -> None:
+    out = ended_well(run([*DDPTRAIN, "export", str(trained), "--checkpoint", "best"], project))
+    assert out.strip() == str(trained / "model.safetensors")
+    weights = load_file(trained / "model.safetensors")
+    assert sorted(weights) == [
+        *("model.first.bias", "model.first.weight", "model.second.bias", "model.second.weight"),
+    ]
+
+
+def test_rerun_repeats_a_run_in_a_new_directory(trained: Path, project: Path) -> None:
+    out = ended_well(run([*DDPTRAIN, "rerun", str(trained)], project))
+    assert "the code and versions are the same" in out
+    (new,) = (project / "runs" / "ragged").iterdir()
+    assert read_result(new)["weights_sha256"] == read_result(trained)["weights_sha256"]
+
+
+def test_rerun_says_what_differs_in_the_data(trained: Path, project: Path) -> None:
+    original = (project / "ragged.py").read_text()
+    changed = original.replace("manual_seed(samples)", "manual_seed(samples + 1)")
+    (project / "ragged.py").write_text(changed)
+    try:
+        finished = run([*DDPTRAIN, "rerun", str(trained)], project)
+    finally:
+        (project / "ragged.py").write_text(original)
+    ended_well(finished)
+    assert "the data differs from its original" in finished.stderr
+    assert "data.train.sha256" in finished.stderr
+
+
+def test_fifty_starts_at_once_make_fifty_directories(tmp_path: Path) -> None:
+    program = (
+        "from ddptrain.compose import compose; from ddptrain.run_directory import open_directory;"
+        "print(open_directory(compose(['experiment=digits']), []).path)"
+    )
+    with ThreadPoolExecutor(10) as pool:
+        finished = list(
+            pool.map(lambda _: run([sys.executable, "-c", program], tmp_path), range(50))
+        )
+    paths = {ended_well(one).strip() for one in finished}
+    assert len(paths) == 50
+    assert {str(path) for path in (tmp_path / "runs" / "digits").iterdir()} == paths
+
+
+def test_sweep_makes_a_run_of_each_trial_and_a_row_in_hparams(tmp_path: Path) -> None:
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    sweep = ["--multirun", "optim.lr=0.1,0.01", "launch.nproc_per_node=2"]
+    ended_well(run([*DDPTRAIN, "train", *SHORT, *sweep], project))
+    runs = sorted((project / "runs" / "ragged").iterdir())
+    rates = [_hparams(path)["optim.lr"] for path in runs]
+    assert sorted(rates) == [0.01, 0.1]
+    leftovers = {p.name for p in project.rglob("*") if p.name in (".hydra", "outputs", "multirun")}
+    assert not leftovers
+
+
+def _hparams(run_dir: Path) -> dict[str, Any]:
+    """The row of a run in the HPARAMS tab; its final and best metrics must be there too."""
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert {"final/val/loss", "best/val/loss"} <= set(events.Tags()["scalars"])
+    contents = [
+        plugin_data_pb2.HParamsPluginData.FromString(content)
+        for content in events.summary_metadata.values()
+        for content in [content.plugin_data.content]
+        if content
+    ]
+    started = next(c for c in contents if c.HasField("session_start_info"))
+    hparams = started.session_start_info.hparams
+    return {name: value.number_value or value.string_value for name, value in hparams.items()}
+
+
+def test_config_prints_what_a_run_would_store(trained: Path, project: Path) -> None:
+    import yaml
+
+    best = ["checkpoint.keep_best=1", "launch.nproc_per_node=2", f"run.dir={trained}"]
+    printed = yaml.safe_load(ended_well(run([*DDPTRAIN, "config", *SHORT, *best], project)))
+    stored = yaml.safe_load((trained / "config.yaml").read_text())
+    provenance = stored.pop("provenance")
+    assert stored == printed
+    assert provenance["overrides"][0] == "experiment=ragged"
+    assert set(provenance["versions"]) >= {"python", "torch", "ddptrain"}
