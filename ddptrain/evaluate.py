@@ -41,6 +41,8 @@ class Evaluation:
         self.ranks = ranks
         self.autocast = autocast
         self.loading: Thread | None = None
+        plan = fetcher.source.plan
+        self.batches = fetcher.fetch(plan.micro_batches(0, ranks.rank, ranks.world_size))
 
     def prepare(self) -> None:
         """Begin to load what the metrics need (torchmetrics takes seconds) beside training."""
@@ -55,13 +57,11 @@ class Evaluation:
         metrics = {name: m.to(self.ranks.device) for name, m in self.task.metrics().items()}
         for metric in metrics.values():
             metric.sync_on_compute = False
-        plan = self.fetcher.source.plan
-        mine = plan.micro_batches(0, self.ranks.rank, self.ranks.world_size)
         self.strategy.synchronise_buffers(self.task)
         self.task.eval()
         try:
             with torch.inference_mode(), self.autocast():
-                for batch in self.fetcher.fetch(mine):
+                for batch in self.batches:
                     self.task.update(metrics, batch)
         finally:
             self.task.train()

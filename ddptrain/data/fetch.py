@@ -127,9 +127,10 @@ class _ByMicroBatch:
 
 
 class Fetcher:
-    """Iterates over micro-batches in order, moved to ``device``; with workers, fetched ahead.
+    """Fetches micro-batches in order, moved to ``device``; with workers, ahead of their use.
 
-    One iterator serves all epochs, so that workers start once and an epoch's end costs nothing.
+    One iterator serves all epochs of a training, and one set of workers all evaluations, so that
+    workers start once and an epoch's end costs nothing.
     """
 
     def __init__(self, source: Source, device: torch.device, workers: int = 0) -> None:
@@ -137,28 +138,51 @@ class Fetcher:
         self.device = device
         self.workers = workers
 
-    def fetch(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Any]:
+    def fetch(self, micro_batches: Iterable[MicroBatch]) -> Iterable[Any]:
+        """Return the batches of ``micro_batches``; as often iterable as those are."""
+        if self.workers == 0:
+            return _InThisProcess(self.source, micro_batches, self.device)
         on_gpu = self.device.type == "cuda"
-        if self.workers:
-            batches: Iterable[Any] = DataLoader(
-                _ByMicroBatch(self.source),  # type: ignore[arg-type]
-                sampler=micro_batches,
-                batch_size=None,
-                num_workers=self.workers,
-                pin_memory=on_gpu,
-            )
-        else:
-            batches = map(self.source.batch, micro_batches)
-        return (to_device(batch, self.device) for batch in batches) if on_gpu else iter(batches)
+        loader: DataLoader[Any] = DataLoader(
+            _ByMicroBatch(self.source),  # type: ignore[arg-type]
+            sampler=micro_batches,
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=on_gpu,
+            persistent_workers=True,
+        )
+        return _Moved(loader, self.device) if on_gpu else loader
 
     def steps(self, first: int, last: int, rank: int, world_size: int) -> Iterator[Any]:
         """The batches that ``rank`` trains on in the steps ``first`` to ``last - 1``."""
         plan = self.source.plan
-        return self.fetch(
-            chain.from_iterable(
-                plan.micro_batches(step, rank, world_size) for step in range(first, last)
+        return iter(
+            self.fetch(
+                chain.from_iterable(
+                    plan.micro_batches(step, rank, world_size) for step in range(first, last)
+                )
             )
         )
+
+
+@dataclass
+class _InThisProcess:
+    source: Source
+    micro_batches: Iterable[MicroBatch]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = map(self.source.batch, self.micro_batches)
+        return batches if self.device.type == "cpu" else iter(_Moved(batches, self.device))
+
+
+@dataclass
+class _Moved:
+    batches: Iterable[Any]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Any]:
+        return (to_device(batch, self.device) for batch in self.batches)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -56,7 +56,7 @@ class BreastCancer(TensorDataset):
 class StandardLibrary(Dataset[Tensor]):
     """The source of the Python that is running, as windows of ``context + 1`` bytes.
 
-    Whole files go to one split, one in a hundred to validation, by a hash of their path. Windows of
+    Whole files go to one split, one in fifty to validation, by a hash of their path. Windows of
     the concatenated files overlap by one byte, so every byte but the first is predicted once.
     """
 
@@ -66,7 +66,7 @@ class StandardLibrary(Dataset[Tensor]):
         root = Path(sysconfig.get_paths()["stdlib"])
         text = bytearray()
         for name in _source_files(root):
-            if (derive(0, f"file/{name}") % 100 == 0) == (split == "val"):
+            if (derive(0, f"file/{name}") % 50 == 0) == (split == "val"):
                 text += (root / name).read_bytes()
         self.bytes = torch.frombuffer(text, dtype=torch.uint8)
         self.context = context

@@ -1,0 +1,151 @@
+"""A step: precisions, clipping, compile, and that it never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import PROJECT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddptrain.build import build_trainer
+from ddptrain.compose import compose
+from ddptrain.launch.worker import TIMEOUT
+from ddptrain.loop import Trainer
+from ddptrain.observe.phases import Phases
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.place import Place
+from ddptrain.run_directory import RunDirectory
+
+Build = Callable[..., Trainer]
+PLAIN_DESCENT = (
+    *("optim=sgd", "optim.lr=1", "optim.momentum=0", "optim.nesterov=false"),
+    *("schedule=constant", "model.dropout=0"),
+)
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    monkeypatch.chdir(PROJECT)
+
+    def make(*overrides: str) -> Trainer:
+        config = compose(["experiment=ragged", *overrides])
+        ranks = Ranks(Place(), torch.device("cpu"), TIMEOUT)
+        return build_trainer(config, ranks, RunDirectory(tmp_path), Phases())
+
+    return make
+
+
+def take_steps(trainer: Trainer, count: int) -> torch.Tensor:
+    """Take steps; return the weights as one vector."""
+    batches = trainer.fetcher.steps(0, count, 0, 1)
+    for step in range(count):
+        trainer.step(step, batches)
+    return torch.cat([p.detach().flatten() for p in trainer.task.parameters()])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host: each would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_step_never_reads_from_the_device(build: Build, precision: str, nonfinite: str) -> None:
+    trainer = build(f"train.precision={precision}", f"train.nonfinite={nonfinite}")
+    take_steps(trainer, 2)
+    batches = list(trainer.fetcher.steps(2, 4, 0, 1))
+    with HostReads() as reads:
+        for step in (2, 3):
+            trainer.step(step, iter(batches[12 * (step - 2) :]))
+    assert reads.count == 0
+    with HostReads() as reads:
+        trainer.step.read()
+    assert reads.count > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_has_the_norm_of_fp32_and_clips_it(build: Build, precision: str) -> None:
+    plain = build(*PLAIN_DESCENT, "train.grad_clip.max_norm=0.05")
+    low = build(*PLAIN_DESCENT, "train.grad_clip.max_norm=0.05", f"train.precision={precision}")
+    start = torch.cat([p.detach().flatten() for p in plain.task.parameters()])
+    moved, moved_low = take_steps(plain, 1) - start, take_steps(low, 1) - start
+    assert plain.step.norm.item() > 0.05
+    assert low.step.norm.item() == pytest.approx(plain.step.norm.item(), rel=0.02)
+    assert moved.norm().item() == pytest.approx(0.05, rel=1e-5)
+    assert moved_low.norm().item() == pytest.approx(0.05, rel=1e-5)
+    assert torch.nn.functional.cosine_similarity(moved, moved_low, dim=0) > 0.99
+
+
+def test_fp16_overflow_lowers_the_scale_and_spares_the_weights(build: Build) -> None:
+    trainer = build("train.precision=fp16", "optim.lr=0.1")
+    assert trainer.step.loss_scale is not None
+    trainer.step.loss_scale.value.fill_(2.0**24)
+    before = torch.cat([p.detach().flatten() for p in trainer.task.parameters()])
+    after = take_steps(trainer, 1)
+    assert torch.equal(before, after)
+    assert trainer.step.loss_scale.value.item() == 2.0**23
+    assert trainer.step.first_fault(1) is None
+    assert not torch.equal(take_steps(trainer, 20), before)
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "torch.optim.RMSprop"])
+def test_fault_leaves_the_weights_of_the_step_before_it(build: Build, optimizer: str) -> None:
+    """Also with an optimiser without a fused kernel, and however late the fault is noticed."""
+    own = ["~optim.betas", f"optim._target_={optimizer}"]
+    clean, faulty = build(*own), build(*own, "data.train.infinite_at=17")
+    epoch = clean.fetcher.source.plan
+    bad = next(
+        batch.step
+        for step in range(epoch.steps_per_epoch)
+        for batch in epoch.micro_batches(step)
+        if 17 in epoch.indices(batch)
+    )
+    assert torch.equal(take_steps(faulty, 12), take_steps(clean, bad))
+    assert faulty.step.first_fault(12) == bad
+
+
+def test_compile_changes_no_name_and_hardly_a_number(build: Build) -> None:
+    overrides = ["task.double=true", "train.micro_batch_size=24", "model.dropout=0"]
+    plain, compiled = build(*overrides), build(*overrides, "train.compile=true")
+    assert plain.task.state_dict().keys() == compiled.task.state_dict().keys()
+    torch.testing.assert_close(take_steps(plain, 3), take_steps(compiled, 3), rtol=1e-6, atol=1e-9)
+
+
+def test_learning_rate_is_a_function_of_the_step_alone(build: Build) -> None:
+    """Whatever the micro-batch size, and after a jump to a later step as a resume makes it."""
+    tables = []
+    for micro in (2, 8, 24):
+        trainer = build(f"train.micro_batch_size={micro}")
+        rates = []
+        for step in (0, 1, 2, 3, 150, 151, 199):
+            trainer.step(step, trainer.fetcher.steps(step, step + 1, 0, 1))
+            rates.append(trainer.step.optimizer.param_groups[0]["lr"])
+        tables.append(rates)
+    assert tables[0] == tables[1] == tables[2]
+    assert tables[0][0] == pytest.approx(0.01 / 10)
+    assert tables[0][-1] < 1e-5
+
+
+def test_epoch_and_evaluation_borders_keep_workers(build: Build) -> None:
+    """One iterator serves all epochs: no worker starts at a border."""
+    trainer = build("data.workers=1")
+    batches = trainer.fetcher.steps(0, 9, 0, 1)
+    import multiprocessing
+
+    trainer.step(0, batches)
+    first = {child.pid for child in multiprocessing.active_children()}
+    for step in range(1, 9):  # two epochs of four steps, and one step
+        trainer.step(step, batches)
+    assert first
+    assert {child.pid for child in multiprocessing.active_children()} <= first
