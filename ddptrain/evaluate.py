@@ -56,7 +56,8 @@ class Evaluation:
             self.loading.join()
         metrics = {name: m.to(self.ranks.device) for name, m in self.task.metrics().items()}
         for metric in metrics.values():
-            metric.sync_on_compute = False
+            # The states are merged here, once: torchmetrics must not add up the ranks again.
+            metric.distributed_available_fn = _not_distributed
         self.strategy.synchronise_buffers(self.task)
         self.task.eval()
         try:
@@ -84,6 +85,10 @@ class Evaluation:
                 raise TrainingError(f"evaluation: metric {name} is not one number, but {value}")
             values[name] = value.item()
         return values
+
+
+def _not_distributed() -> bool:
+    return False
 
 
 State = dict[str, Any]

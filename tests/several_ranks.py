@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ddptrain.account import Window, merge_logs
 from ddptrain.build import build_trainer
 from ddptrain.compose import compose
 from ddptrain.config import Config
+from ddptrain.data.fetch import Fetcher
+from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
@@ -77,22 +80,22 @@ def gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
 def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics of 21 samples, by experiment and micro-batch size."""
     found = {}
-    for micro in (1, 2, 4, 5, 8):
-        for name, target in (("digits", "Digits"), ("breast_cancer", "BreastCancer")):
-            made = build_trainer(
-                compose(
-                    [
-                        f"experiment={name}",
-                        f"data.val={{_target_:first.First,count:21,of:{target}}}",
-                        f"eval.micro_batch_size={micro}",
-                        "log.tensorboard=false",
-                    ]
-                ),
+    for name, target in (("digits", "Digits"), ("breast_cancer", "BreastCancer")):
+        data = f"data.val={{_target_:first.First,count:21,of:{target}}}"
+        counting = ["task._target_=first.Counting"] if name == "digits" else []
+        config = compose([f"experiment={name}", data, "log.tensorboard=false", *counting])
+        evaluation = build_trainer(config, ranks, RunDirectory(folder), Phases()).evaluations["val"]
+        source = evaluation.fetcher.source
+        for micro in range(1, 9):
+            source.plan = replace(source.plan, micro_batch_size=micro)
+            again = Evaluation(
+                evaluation.task,
+                Fetcher(source, ranks.device),
+                evaluation.strategy,
                 ranks,
-                RunDirectory(folder),
-                Phases(),
+                evaluation.autocast,
             )
-            found[f"{name}/{micro}"] = made.evaluations["val"].run()
+            found[f"{name}/{micro}"] = again.run()
     return found
 
 

@@ -67,6 +67,12 @@ def test_evaluation_sees_each_of_21_samples_once(by_ranks: dict[int, Found], ran
             assert math.isclose(together[case][name], value, rel_tol=0 if exact else 1e-12), case
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro", range(1, 9))
+def test_no_sample_is_counted_twice(by_ranks: dict[int, Found], ranks: int, micro: int) -> None:
+    assert by_ranks[ranks]["evaluations"][f"digits/{micro}"]["samples"] == 21
+
+
 def test_micro_batch_size_does_not_change_an_evaluation(by_ranks: dict[int, Found]) -> None:
     for metrics in by_ranks[3]["evaluations"].items():
         experiment = metrics[0].split("/")[0]
