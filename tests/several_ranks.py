@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ddptrain.account import Window, merge_logs
 from ddptrain.build import build_trainer
@@ -77,6 +78,18 @@ def gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
     }
 
 
+def collectives_of_a_step(ranks: Ranks, folder: Path) -> int:
+    """How many all-reduces a step of three micro-batches on each rank makes."""
+    micro = GLOBAL_BATCH // (3 * ranks.world_size)
+    made = trainer(ranks, folder, f"train.micro_batch_size={micro}")
+    batches = made.fetcher.steps(0, 4, ranks.rank, ranks.world_size)
+    for step in range(3):  # DDP arranges its buckets in the first
+        made.step(step, batches)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        made.step(3, batches)
+    return sum(event.name == "gloo:all_reduce" for event in profiled.events() or ())
+
+
 def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
     """The metrics of 21 samples, by experiment and micro-batch size."""
     found = {}
@@ -120,6 +133,7 @@ def main(file: Path) -> None:
         "gradients": gradients(ranks, file.parent),
         "evaluations": evaluations(ranks, file.parent),
         "logs": differing_logs(ranks),
+        "collectives": collectives_of_a_step(ranks, file.parent),
     }
     if ranks.is_first:
         file.write_text(json.dumps(found))

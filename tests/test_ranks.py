@@ -52,6 +52,13 @@ def test_gradient_is_that_of_one_process_on_the_whole_batch(
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_all_reduce_a_step_whatever_the_accumulation(
+    by_ranks: dict[int, Found], ranks: int
+) -> None:
+    assert by_ranks[ranks]["collectives"] == (ranks > 1)
+
+
 def test_clipping_binds(by_ranks: dict[int, Found]) -> None:
     free, clipped = (by_ranks[2]["gradients"][f"1/{clip}/false"] for clip in ("null", "0.05"))
     assert free != clipped
