@@ -10,9 +10,9 @@ from omegaconf import MISSING
 
 from ddptrain.errors import Refused
 
-EXECUTION_ONLY = ("run", "launch", "log", "checkpoint", "provenance")
-"""Sections that say where and how a run executes, not what it computes: they may change between
-a run's first start and its continuation."""
+EXECUTION_ONLY = ("run.", "launch.", "log.", "checkpoint.", "data.workers")
+"""Keys that begin so say where and how a run executes, not what it computes: they may change
+between a run's first start and its continuation."""
 
 
 class Resume(Enum):

@@ -148,11 +148,13 @@ def _create_new(parent: Path) -> Path:
 
 def differences(stored: Config, now: Config) -> list[str]:
     """``key: stored → now`` for every key that changes what is computed."""
-    old, new = (
-        flatten({k: v for k, v in to_plain(c).items() if k not in EXECUTION_ONLY})
-        for c in (stored, now)
-    )
-    return changes(old, new)
+    return changes(computed(stored), computed(now))
+
+
+def computed(config: Config) -> dict[str, Any]:
+    """The keys and values that decide what a run computes."""
+    flat = flatten(to_plain(config))
+    return {key: value for key, value in flat.items() if not key.startswith(EXECUTION_ONLY)}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -32,56 +32,52 @@ ACCUMULATION = (1, 3, 4)
 GLOBAL_BATCH = 24
 
 
-def trainer(ranks: Ranks, folder: Path, *overrides: str) -> Trainer:
-    config: Config = compose(["experiment=ragged", "log.tensorboard=false", *overrides])
+def build(config: Config, ranks: Ranks, folder: Path) -> Trainer:
     return build_trainer(config, ranks, RunDirectory(folder), Phases())
 
 
-def weights_after_steps(ranks: Ranks, folder: Path, micro: int, *more: str) -> list[list[float]]:
-    """Weights after a full step and after a short one, by plain descent: gradients, in effect."""
-    made = trainer(
-        ranks,
-        folder,
-        "model.dropout=0",
-        "data.train={_target_:ragged.Sentences,samples:43,noisy:false}",
-        "optim=sgd",
-        "optim.momentum=0",
-        "optim.nesterov=false",
-        "schedule=constant",
-        f"train.global_batch_size={GLOBAL_BATCH}",
-        f"train.micro_batch_size={micro}",
-        *more,
+def gradients(ranks: Ranks, folder: Path) -> dict[str, list[list[float]]]:
+    """By accumulation, with clipping and without, single and double: weights after two steps.
+
+    A full step and a short one, by plain descent at rate 1: the weights tell the gradients.
+    """
+    config = compose(
+        [
+            "experiment=ragged",
+            "log.tensorboard=false",
+            "model.dropout=0",
+            "data.train={_target_:ragged.Sentences,samples:43,noisy:false}",
+            *("optim=sgd", "optim.lr=1", "optim.momentum=0", "optim.nesterov=false"),
+            "schedule=constant",
+        ]
     )
-    batches = made.fetcher.steps(0, 2, ranks.rank, ranks.world_size)
+    found = {}
+    for accumulation, clip, double in product(ACCUMULATION, (None, 0.05), (False, True)):
+        micro, rest = divmod(GLOBAL_BATCH, ranks.world_size * accumulation)
+        if rest:
+            continue
+        config.train.micro_batch_size = micro
+        config.train.grad_clip.max_norm = clip
+        config.task["double"] = double
+        found[f"{accumulation}/{clip}/{double}"] = weights_after(2, build(config, ranks, folder))
+    return found
+
+
+def weights_after(steps: int, made: Trainer) -> list[list[float]]:
+    batches = made.fetcher.steps(0, steps, made.ranks.rank, made.ranks.world_size)
     weights = []
-    for step in range(2):
+    for step in range(steps):
         made.step(step, batches)
         flat = torch.cat([p.detach().double().flatten() for p in made.task.parameters()])
         weights.append(flat.tolist())
     return weights
 
 
-def gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """By accumulation, with clipping and without, single and double."""
-    return {
-        f"{accumulation}/{clip}/{double}": weights_after_steps(
-            ranks,
-            folder,
-            GLOBAL_BATCH // (ranks.world_size * accumulation),
-            f"train.grad_clip.max_norm={clip}",
-            f"task.double={double}",
-        )
-        for accumulation in ACCUMULATION
-        for clip in ("null", "0.05")
-        for double in ("false", "true")
-        if GLOBAL_BATCH % (ranks.world_size * accumulation) == 0
-    }
-
-
 def collectives_of_a_step(ranks: Ranks, folder: Path) -> int:
     """How many all-reduces a step of three micro-batches on each rank makes."""
     micro = GLOBAL_BATCH // (3 * ranks.world_size)
-    made = trainer(ranks, folder, f"train.micro_batch_size={micro}")
+    overrides = ["experiment=ragged", f"train.micro_batch_size={micro}"]
+    made = build(compose(overrides), ranks, folder)
     batches = made.fetcher.steps(0, 4, ranks.rank, ranks.world_size)
     for step in range(3):  # DDP arranges its buckets in the first
         made.step(step, batches)
@@ -97,7 +93,7 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
         data = f"data.val={{_target_:first.First,count:21,of:{target}}}"
         counting = ["task._target_=first.Counting"] if name == "digits" else []
         config = compose([f"experiment={name}", data, "log.tensorboard=false", *counting])
-        evaluation = build_trainer(config, ranks, RunDirectory(folder), Phases()).evaluations["val"]
+        evaluation = build(config, ranks, folder).evaluations["val"]
         source = evaluation.fetcher.source
         for micro in range(1, 9):
             source.plan = replace(source.plan, micro_batch_size=micro)

@@ -32,8 +32,8 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulation", [1, 3, 4])
-@pytest.mark.parametrize("clip", ["null", "0.05"])
-@pytest.mark.parametrize(("double", "tolerance"), [("false", 1e-6), ("true", 1e-12)])
+@pytest.mark.parametrize("clip", ["None", "0.05"])
+@pytest.mark.parametrize(("double", "tolerance"), [("False", 1e-6), ("True", 1e-12)])
 def test_gradient_is_that_of_one_process_on_the_whole_batch(
     by_ranks: dict[int, Found],
     ranks: int,
@@ -60,7 +60,7 @@ def test_one_all_reduce_a_step_whatever_the_accumulation(
 
 
 def test_clipping_binds(by_ranks: dict[int, Found]) -> None:
-    free, clipped = (by_ranks[2]["gradients"][f"1/{clip}/false"] for clip in ("null", "0.05"))
+    free, clipped = (by_ranks[2]["gradients"][f"1/{clip}/False"] for clip in ("None", "0.05"))
     assert free != clipped
 
 

@@ -64,16 +64,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
     return train(run_dir, RANKS, "experiment=ragged"), run_dir
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 def test_killed_runs_end_with_the_same_bits(
-    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path, workers: int
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
+    """Three kills, each attempt with another number of data loading workers."""
     result, run_dir = undisturbed
-    chance = random.Random(workers)
+    seed = random.SystemRandom().randrange(1000)
+    print(f"seed {seed}")  # shown by pytest if the test fails
+    chance = random.Random(seed)
     again = tmp_path / "run"
     for attempt, after in ((1, 0), (2, 60), (3, 120)):
-        kill_at(after + chance.randint(5, 50), attempt, again, f"data.workers={workers}")
-    finished = run(command(again, f"data.workers={workers}"))
+        kill_at(after + chance.randint(5, 50), attempt, again, f"data.workers={attempt - 1}")
+    finished = run(command(again, "data.workers=1"))
     assert finished.returncode == 0, finished.stderr[-3000:]
     ended = read_metrics(again), read_metrics(again, "val")
     assert ended == (read_metrics(run_dir), read_metrics(run_dir, "val"))
@@ -141,7 +143,9 @@ def test_resume_at_step_a_million_reads_no_sample_that_is_skipped(
 ) -> None:
     monkeypatch.chdir(PROJECT)
     overrides = ["experiment=ragged", "train.max_steps=1000002", "log.tensorboard=false"]
-    config = compose([*overrides, "eval.every_steps=null", "data.val=null"])
+    config = compose(
+        [*overrides, "eval.every_steps=null", "data.val=null", "checkpoint.keep_best=0"]
+    )
     config.run.dir = str(tmp_path)
     directory = open_directory(config, overrides)
     ranks = Ranks(Place(), torch.device("cpu"), TIMEOUT)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddptrain.build import build_trainer
-from ddptrain.compose import flatten, to_plain
-from ddptrain.config import EXECUTION_ONLY, Config, Resume
+from ddptrain.config import Config, Resume
 from ddptrain.errors import EXIT_COMPLETED, NonFiniteError, Refused
 from ddptrain.loop import Trainer
 from ddptrain.observe.logs import open_log
@@ -18,7 +17,7 @@ from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.resilience.failure import exit_with, leave_now
-from ddptrain.run_directory import RunDirectory, changes, open_directory
+from ddptrain.run_directory import RunDirectory, changes, computed, open_directory
 from ddptrain.state import fingerprint
 
 TIMEOUT = timedelta(minutes=30)
@@ -90,7 +89,7 @@ def _result(trainer: Trainer, status: str, began: float) -> dict[str, Any]:
 
 def _agree_on_config(config: Config, ranks: Ranks) -> None:
     """Refuse ranks that were started with different configs, naming the first difference."""
-    mine = flatten({k: v for k, v in to_plain(config).items() if k not in EXECUTION_ONLY})
+    mine = computed(config)
     for rank, other in enumerate(ranks.gather(mine)):
         if different := changes(mine, other):
             raise Refused(
