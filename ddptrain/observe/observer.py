@@ -16,7 +16,7 @@ from ddptrain.files import replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
-from ddptrain.run_directory import RunDirectory, changes
+from ddptrain.run_directory import RunDirectory, changes, computed
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Observer:
         if self.board is not None:
             outcome = {f"final/{name}": value for name, value in metrics.items()}
             outcome |= {f"best/{name}": value for name, value in best.items()}
-            self.board.finish(step, flatten(to_plain(self.config)), outcome)
+            self.board.finish(step, computed(self.config), outcome)
         self.close()
 
     def close(self) -> None:
