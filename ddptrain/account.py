@@ -51,6 +51,12 @@ class Accounted(nn.Module):
                 f"{type(self.task).__name__}.forward returned {type(loss).__name__}, expected "
                 "ddptrain.Loss(sum, count)"
             )
+        if not _is_scalar(loss.sum) or not (_is_scalar(loss.count) or _is_number(loss.count)):
+            raise TypeError(
+                f"{type(self.task).__name__}.forward returned Loss(sum={_kind(loss.sum)}, count="
+                f"{_kind(loss.count)}), expected a scalar tensor as sum, and as count a number or "
+                "a scalar tensor"
+            )
         total = loss.sum.to(self.account.dtype)
         told = self.window.add(loss) if loss.logs else 0
         entries = [self.scalar(loss.count), total.detach(), self.scalar(told)]
@@ -59,19 +65,31 @@ class Accounted(nn.Module):
     def scalar(self, value: Any) -> Tensor:
         """A scalar on the device; counts recur, so the same ones serve again."""
         if isinstance(value, Tensor):
-            return _scalar(value, self.account)
+            return _scalar(value, self.account.device, self.account.dtype)
         if value not in self.scalars:
             if len(self.scalars) > 1024:
                 self.scalars.clear()
-            self.scalars[value] = _scalar(value, self.account)
+            self.scalars[value] = _scalar(value, self.account.device, self.account.dtype)
         return self.scalars[value]
 
 
-def _scalar(value: Any, like: Tensor) -> Tensor:
-    """A scalar on the device and of the type of ``like``, without waiting for the device."""
+def _scalar(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A scalar on ``device``, made or moved there without waiting for it."""
     if isinstance(value, Tensor):
-        return value.detach().to(like.device, like.dtype, non_blocking=True)
-    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+        return value.detach().to(device, dtype, non_blocking=True)
+    return torch.full((), float(value), dtype=dtype, device=device)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 class Window:
@@ -80,6 +98,7 @@ class Window:
     def __init__(self, device: torch.device) -> None:
         self.account = torch.zeros(3, device=device)
         self.logs: dict[str, Tensor] = {}
+        self.of_this_step: dict[str, Tensor] = {}
 
     def add(self, loss: Loss) -> int:
         """Add a micro-batch's logged values; return how many. Raises ``TrainingError``."""
@@ -94,20 +113,33 @@ class Window:
                 )  # fmt: skip
             try:
                 total, count = (
-                    _scalar(v, self.account).reshape(())
+                    _scalar(v, self.account.device, torch.float64).reshape(())
                     for v in (pair[0], loss.count if pair[1] is None else pair[1])
                 )
             except (RuntimeError, TypeError, ValueError) as error:
                 raise TrainingError(f"Loss.logs[{name!r}]: not a scalar: {error}") from None
-            entry = torch.stack([total * count if pair[1] is None else total, count]).double()
-            self.logs[name] = self.logs[name] + entry if name in self.logs else entry
+            entry = torch.stack([total * count if pair[1] is None else total, count])
+            _add(self.of_this_step, name, entry)
         return len(loss.logs)
+
+    def end_step(self, account: Tensor, bad: Tensor) -> None:
+        """Add what a step recorded, unless it was ``bad``: a skipped step leaves no trace."""
+        self.account += account.where(~bad, 0.0)
+        for name, entry in self.of_this_step.items():
+            _add(self.logs, name, entry.where(~bad, 0.0))
+        self.of_this_step = {}
 
     def take_logs(self) -> dict[str, tuple[float, float]]:
         """Return (sum, count) by name of what this rank logged, and start a new window."""
+        for name in list(self.of_this_step):
+            _add(self.logs, name, self.of_this_step.pop(name))
         taken = {name: (pair[0].item(), pair[1].item()) for name, pair in self.logs.items()}
         self.logs = {}
         return taken
+
+
+def _add(sums: dict[str, Tensor], name: str, entry: Tensor) -> None:
+    sums[name] = sums[name] + entry if name in sums else entry
 
 
 def merge_logs(of_ranks: list[dict[str, tuple[float, float]]]) -> dict[str, float]:

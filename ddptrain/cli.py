@@ -160,22 +160,31 @@ def _rerun(parsed: argparse.Namespace) -> int:
     return _start(config, provenance.get("overrides", []), rerun_of=str(run.path))
 
 
+def _stored(parsed: argparse.Namespace) -> tuple[RunDirectory, Config]:
+    """The run that was named and its config, read before anything slow is imported."""
+    run = RunDirectory(parsed.run)
+    return run, run.load()
+
+
 def _evaluate(parsed: argparse.Namespace) -> int:
+    run, config = _stored(parsed)
     from ddptrain.launch.inspect import evaluate
 
-    return evaluate(RunDirectory(parsed.run), parsed.checkpoint, parsed.split)
+    return evaluate(run, config, parsed.checkpoint, parsed.split)
 
 
 def _export(parsed: argparse.Namespace) -> int:
+    run, config = _stored(parsed)
     from ddptrain.launch.inspect import export
 
-    return export(RunDirectory(parsed.run), parsed.checkpoint, parsed.output)
+    return export(run, config, parsed.checkpoint, parsed.output)
 
 
 def _sample(parsed: argparse.Namespace) -> int:
+    run, config = _stored(parsed)
     from ddptrain.launch.inspect import sample
 
-    return sample(RunDirectory(parsed.run), parsed.checkpoint, parsed.prompt, parsed.length)
+    return sample(run, config, parsed.checkpoint, parsed.prompt, parsed.length)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -12,16 +12,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ddptrain.config import SUPPLIED, Config, check
+from ddptrain.config import BUILT, Config, check
 from ddptrain.errors import Refused
 from ddptrain.targets import check_arguments, suggest
 
@@ -56,11 +57,12 @@ def compose(overrides: list[str]) -> Config:
         experiment = composed.hydra.runtime.choices.get("experiment")
         with open_dict(composed):
             del composed["hydra"]
-        OmegaConf.resolve(composed)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise _refusal(error) from None
-    plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
-    config = validate(plain)
+            _set_whole_sections(composed, overrides)
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise _refusal(error, experiment_of(overrides)) from None
+    if "experiment" in composed:
+        raise _headless(experiment)
+    config = validate(_resolved(composed))
     config.run.name = config.run.name or experiment or "run"
     return config
 
@@ -74,12 +76,55 @@ def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
         if override.is_sweep_override() and not sweep:
             raise Refused(f"{line}: several values are a sweep; use `ddptrain train --multirun`")
         is_group = any((tree / override.key_or_group).is_dir() for tree in trees)
-        is_group = is_group and not isinstance(override.value(), dict)
-        locked = not (is_group or override.is_delete() or override.package is not None)
+        if is_group and not _chooses(override):
+            continue
+        is_section = not override.is_sweep_override() and isinstance(override.value(), dict)
+        chosen = is_group and not is_section
+        locked = not (chosen or override.is_delete() or override.package is not None)
         arguments.append("++" + line.lstrip("+") if locked else line)
     if len(trees) > 1:
         arguments.append(f"hydra.searchpath=['file://{trees[1]}']")
     return arguments
+
+
+def _chooses(override: Override) -> bool:
+    """Whether Hydra takes an override of a group: it names files of it, or is a whole section."""
+    if override.is_delete() or override.is_sweep_override():
+        return True
+    value = override.value()
+    names = value if isinstance(value, list) else [value]
+    return isinstance(value, dict) or all(isinstance(name, str) for name in names)
+
+
+def _set_whole_sections(composed: DictConfig, overrides: list[str]) -> None:
+    """Set what Hydra would not: ``model=null`` leaves a group out, ``train=5`` is refused."""
+    for override in parse(overrides):
+        is_group = any((tree / override.key_or_group).is_dir() for tree in config_trees())
+        if is_group and not _chooses(override):
+            composed[override.key_or_group] = override.value()
+
+
+def _resolved(composed: DictConfig) -> dict[str, Any]:
+    """A nested dict with interpolations replaced. Raises ``Refused`` with the key."""
+    for key in flatten(cast("dict[str, Any]", OmegaConf.to_container(composed))):
+        try:
+            OmegaConf.select(composed, key)
+        except OmegaConfBaseException as error:
+            raise Refused(f"{key}: {_first_line(error)}") from None
+    return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+
+
+def experiment_of(overrides: list[str]) -> str:
+    """The experiment that was asked for, for a message."""
+    asked = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("experiment=")]
+    return asked[-1] if asked else "?"
+
+
+def _headless(experiment: str) -> Refused:
+    return Refused(
+        f"conf/experiment/{experiment}.yaml: expected keys below a first line that says "
+        "`# @package _global_`; without it they land under `experiment`"
+    )
 
 
 def make_importable() -> None:
@@ -92,6 +137,11 @@ def make_importable() -> None:
 def validate(plain: dict[str, Any]) -> Config:
     """Turn a nested dict into a typed config. Raises ``Refused`` on the first key that is wrong."""
     _check_keys(plain, Config, "")
+    for path in BUILT:
+        node = plain
+        for part in path.split("."):
+            node = node.get(part) or {}
+        _check_built(path, node, plain)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
         missing = sorted(OmegaConf.missing_keys(typed))
@@ -101,8 +151,6 @@ def validate(plain: dict[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise _refusal(error) from None
     check(config)
-    for section in ("model", "data", "task", "optim", "schedule"):
-        _check_targets(plain.get(section), section, SUPPLIED.get(section, set()))
     return config
 
 
@@ -132,6 +180,9 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def parse(overrides: list[str]) -> list[Override]:
     """Parse Hydra overrides. Raises ``Refused`` on what is not one."""
+    for override in overrides:
+        if not override.partition("=")[0].strip("+~ "):
+            raise Refused(f"not an override (key=value): {override!r}")
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
@@ -177,26 +228,35 @@ def _check_targets(node: object, path: str, supplied: set[str]) -> None:
     if isinstance(node, dict):
         if "_target_" in node:
             check_arguments(path, node, supplied)
-        elif path in SUPPLIED or path in ("model", "schedule"):
-            raise Refused(f"{path}._target_: not set; name the class or function to build")
         for key, value in node.items():
             _check_targets(value, f"{path}.{key}", set())
     elif isinstance(node, list):
         for i, value in enumerate(node):
             _check_targets(value, f"{path}[{i}]", set())
-    elif path in SUPPLIED and node is not None:
-        raise Refused(f"{path}: expected a section with _target_, got {node!r}")
+
+
+def _check_built(path: str, node: object, plain: dict[str, Any]) -> None:
+    """Check what a section that describes an object says of it."""
+    if node == {}:
+        return
+    if not isinstance(node, dict) or "_target_" not in node:
+        got = "" if isinstance(node, dict) else f", got {node!r}"
+        raise Refused(f"{path}: expected a section with _target_{got}; {path}._target_: not set")
+    supplied = {"optim": {"params"}, "task": {"model"} if plain.get("model") else set()}
+    _check_targets(node, path, supplied.get(path, set()))
 
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: Exception, experiment: str = "?") -> Refused:
     """Say what Hydra or OmegaConf found wrong in one line that names the key."""
     if isinstance(error.__cause__, OmegaConfBaseException):
         error = error.__cause__
     text = str(error)
+    if "@experiment." in text:
+        return _headless(experiment)
     if found := re.search(r"Could not find '(.+?)/([^/']+)'", text):
         group, option = found.groups()
         return Refused(f"{group}={option}: no such option" + suggest(option, options(group)))

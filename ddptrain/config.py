@@ -138,8 +138,8 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
-SUPPLIED = {"task": {"model"}, "optim": {"params"}}
-"""Arguments that the framework passes to a ``_target_`` itself."""
+BUILT = ("model", "task", "optim", "schedule", "data.train", "data.val", "data.test")
+"""Sections that describe an object by its ``_target_``."""
 
 
 def check(config: Config) -> None:

@@ -97,6 +97,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 def _state(metric: Metric) -> State:
     """The states of a metric that has been updated, on the CPU; empty if it has not."""
+    if next(metric.children(), None) is not None:
+        raise TrainingError(
+            f"evaluation: {type(metric).__name__} is made of other metrics, whose states are not "
+            "its own; return those from metrics(), and combine their values"
+        )
     if not metric.update_called:
         return {}
     return {

@@ -71,7 +71,7 @@ class Step:
         divisor = count if self.max_norm is None else count.maximum(total / self.max_norm)
         torch._foreach_mul_(gradients, divisor.reciprocal())
         # Zero times a number is zero, unless the number is infinite or NaN.
-        bad = (total + account[1]) * 0 != 0
+        bad = (self.norm + account[1]) * 0 != 0
         self._follow_schedule(step)
         self._record(account, bad)
         self._update(self._must_skip(bad))
@@ -119,9 +119,7 @@ class Step:
         """Add the step to the window of the next log line."""
         if self.loss_scale is not None:
             account = account / self.loss_scale.value
-        if self.loss_scale is not None or self.nonfinite is NonFinite.skip:
-            account = account.where(~bad, 0.0)
-        self.module.window.account += account
+        self.module.window.end_step(account, bad)
 
     def _must_skip(self, bad: Tensor) -> Tensor:
         """1 if the weights are to be left alone, else 0: after a fault that stops, for good."""

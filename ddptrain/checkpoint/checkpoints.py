@@ -55,7 +55,8 @@ class Checkpoints:
             **self.facts,
         }
         self.store.write(step, writers, manifest)
-        kept = self.retention.keep(self._entries())
+        # A later one is of an attempt that could not be restored, or this step would not come.
+        kept = self.retention.keep(e for e in self._entries() if e.step <= step)
         for other in self.store.steps():
             if other not in kept:
                 self.store.delete(other)

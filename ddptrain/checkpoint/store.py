@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
+from re import fullmatch
 from typing import Any
 
 from ddptrain.errors import CheckpointError
@@ -32,17 +33,19 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        found = self.root.glob(f"step-*/{MANIFEST}")
-        return sorted(int(file.parent.name.removeprefix("step-")) for file in found)
+        names = (file.parent.name for file in self.root.glob(f"step-*/{MANIFEST}"))
+        return sorted(int(name[5:]) for name in names if fullmatch(r"step-\d{8,}", name))
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Return the manifest. Raises ``CheckpointError`` if it cannot be read."""
         file = self.folder(step) / MANIFEST
         try:
             content: dict[str, Any] = json.loads(file.read_bytes())
-            if content["step"] != step or not isinstance(content["files"], dict):
+            if content.pop("checksum") != _checksum(content):
+                raise ValueError("its checksum does not match: it is damaged")
+            if content["step"] != step:
                 raise ValueError(f"it does not describe step {step}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file}: not a manifest: {error}") from error
         return content
 
@@ -61,15 +64,13 @@ class Store:
 
     def write(self, step: int, writers: Mapping[str, Writer], manifest: dict[str, Any]) -> None:
         """Write a checkpoint; a damaged one of the same step is replaced, a good one kept."""
-        if step in self.steps():
-            try:
-                self.verify(step)
-            except CheckpointError:
-                self.delete(step)
-            else:
-                return
         self.root.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
+        if not self._is_whole(step):
+            self._write(step, writers, manifest)
+        replace_text(self.root / "latest", self.folder(step).name + "\n")
+
+    def _write(self, step: int, writers: Mapping[str, Writer], manifest: dict[str, Any]) -> None:
         temporary = self.root / f".{self.folder(step).name}.tmp"
         temporary.mkdir()
         files = {}
@@ -78,11 +79,20 @@ class Store:
             flush(temporary / name)
             files[name] = _describe(temporary / name)
         content = {"step": step, "files": files, **manifest}
+        content["checksum"] = _checksum(content)
         replace_text(temporary / MANIFEST, json.dumps(content, indent=1))
         flush(temporary)
+        if self.folder(step).exists():  # damaged, or it would not be written again
+            self.delete(step)
         temporary.rename(self.folder(step))
         flush(self.root)
-        replace_text(self.root / "latest", self.folder(step).name + "\n")
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            self.verify(step)
+        except CheckpointError:
+            return False
+        return True
 
     def delete(self, step: int) -> None:
         """Delete a checkpoint; renamed first, so that half of one is never seen."""
@@ -93,6 +103,12 @@ class Store:
     def _remove_leftovers(self) -> None:
         for leftover in self.root.glob(".step-*"):
             shutil.rmtree(leftover)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Of what a manifest says, not of how it is written: keys sorted, without spaces."""
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return sha256(canonical.encode()).hexdigest()
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -58,7 +58,13 @@ class Source:
             fetched = self.dataset.__getitems__(indices)
         except Exception as error:
             raise self._failure(f"samples {indices}", error) from error
-        return self._collate(fetched, indices) if isinstance(fetched, list) else fetched
+        if not isinstance(fetched, list):
+            return fetched
+        if len(fetched) != len(indices):
+            raise DataError(
+                f"{self.label}: {len(fetched)} samples came of {len(indices)} asked for"
+            )
+        return self._collate(fetched, indices)
 
     def digest(self) -> dict[str, Any]:
         """Tell this data from other data: its length, and a hash of 16 samples spread over it."""
@@ -151,7 +157,8 @@ class Fetcher:
             pin_memory=on_gpu,
             persistent_workers=True,
         )
-        return _Moved(loader, self.device) if on_gpu else loader
+        watched = _Watched(loader, self.source.label)
+        return _Moved(watched, self.device) if on_gpu else watched
 
     def steps(self, first: int, last: int, rank: int, world_size: int) -> Iterator[Any]:
         """The batches that ``rank`` trains on in the steps ``first`` to ``last - 1``."""
@@ -174,6 +181,20 @@ class _InThisProcess:
     def __iter__(self) -> Iterator[Any]:
         batches = map(self.source.batch, self.micro_batches)
         return batches if self.device.type == "cpu" else iter(_Moved(batches, self.device))
+
+
+@dataclass
+class _Watched:
+    """Says whose worker it was that died; what a worker raises says so itself."""
+
+    batches: Iterable[Any]
+    label: str
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.batches
+        except RuntimeError as error:
+            raise DataError(f"{self.label}: a loading worker died: {error}") from error
 
 
 @dataclass

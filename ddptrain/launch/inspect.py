@@ -23,9 +23,8 @@ from ddptrain.tasks.language_model import LanguageModel
 from ddptrain.tasks.task import Task
 
 
-def evaluate(run: RunDirectory, which: str, split: str | None) -> int:
+def evaluate(run: RunDirectory, config: Config, which: str, split: str | None) -> int:
     """Print the metrics of a checkpoint over a split as JSON; on several ranks under torchrun."""
-    config = run.load()
     split = split or ("test" if config.data.test is not None else "val")
     if getattr(config.data, split) is None:
         raise Refused(f"--split {split}: data.{split} is not set in {run.config}")
@@ -46,9 +45,8 @@ def evaluate(run: RunDirectory, which: str, split: str | None) -> int:
     return EXIT_COMPLETED
 
 
-def export(run: RunDirectory, which: str, output: Path | None) -> int:
+def export(run: RunDirectory, config: Config, which: str, output: Path | None) -> int:
     """Write parameters and buffers of a checkpoint to one file, and print its name."""
-    config = run.load()
     file = output or run.export
     task, step = load(run, config, which, Ranks(Place(), choose_device("cpu", Place()), TIMEOUT))
     tensors = {name: tensor.contiguous() for name, tensor in model_tensors(task).items()}
@@ -57,9 +55,8 @@ def export(run: RunDirectory, which: str, output: Path | None) -> int:
     return EXIT_COMPLETED
 
 
-def sample(run: RunDirectory, which: str, prompt: str, length: int) -> int:
+def sample(run: RunDirectory, config: Config, which: str, prompt: str, length: int) -> int:
     """Print text that the run's language model continues ``prompt`` with."""
-    config = run.load()
     device = choose_device(config.train.device.name, Place())
     task, _ = load(run, config, which, Ranks(Place(), device, TIMEOUT))
     if not isinstance(task, LanguageModel):

@@ -1,0 +1,266 @@
+"""A Slurm of its own on this machine, so that what users submit is run by the real scheduler.
+
+One controller and two nodes from the distribution's packages, as plain child processes; all their
+files lie in one folder, and nothing of theirs is left at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
+NODES = ("n1", "n2")
+LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")
+"""States of a job that has not ended."""
+
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+"""Debian keeps daemons where only root looks for them."""
+
+LIMIT_SECONDS = 300.0
+"""How long anything may take: far more than it does, for machines that are busy otherwise."""
+
+
+def missing_binaries() -> list[str]:
+    """The programs of Slurm and MUNGE that this machine lacks."""
+    return [name for name in DAEMONS + COMMANDS if shutil.which(name, path=PATH) is None]
+
+
+class Cluster:
+    """A running Slurm; ``with Cluster() as slurm`` starts and ends it."""
+
+    def __init__(self) -> None:
+        # Not below pytest's folder: the path of a Unix socket may have 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        self.conf = self.folder / "slurm.conf"
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.environment = _environment() | {"SLURM_CONF": str(self.conf)}
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._write_files()
+            self._start("munged", "--foreground", *self._munge_files())
+            wait_until(self._socket.exists, "munged", self._trouble)
+            self._start("slurmctld", "-D")
+            for node in NODES:
+                self._start("slurmd", "-D", "-N", node)
+            wait_until(self._is_idle, "Slurm's nodes", self._trouble)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def submit(self, folder: Path, *arguments: str) -> int:
+        """Submit a job from ``folder``; return its id."""
+        return int(self._call("sbatch", "--parsable", *arguments, folder=folder))
+
+    def state(self, job: int) -> str:
+        """Slurm's word for what has become of the job."""
+        return self._call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+
+    def requeue(self, job: int) -> None:
+        """Stop the job and have it run again at once, not after Slurm's pause of two minutes."""
+        self._call("scontrol", "requeue", str(job))
+        wait_until(lambda: self.state(job) == "PENDING", f"job {job} to stop", self._trouble)
+        self._call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    @property
+    def _socket(self) -> Path:
+        return self.folder / "munge.socket"
+
+    def _munge_files(self) -> list[str]:
+        kinds = ("key", "pid", "log", "seed")
+        files = [f"--{kind}-file={self.folder / 'munge'}.{kind}" for kind in kinds]
+        return [f"--socket={self._socket}", *files]
+
+    def _write_files(self) -> None:
+        # MUNGE insists that all may enter its socket's folder, and only its owner read the key.
+        self.folder.chmod(0o711)
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        (self.folder / "state").mkdir()
+        (self.folder / "spool").mkdir()
+        self.conf.write_text(_slurm_conf(self.folder, self._socket))
+        (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={self._cgroup_plugin()}\n")
+
+    def _cgroup_plugin(self) -> str:
+        """The choice that leaves control groups alone: a container may have none to write to.
+
+        Before 24.05 there was no such choice, but v1 does nothing until a plugin asks it to.
+        """
+        version = self._call("slurmd", "-V").split()[-1]
+        year, month = map(int, version.split(".")[:2])
+        return "disabled" if (year, month) >= (24, 5) else "cgroup/v1"
+
+    def _start(self, *command: str) -> None:
+        with (self.folder / f"{len(self.daemons)}-{command[0]}.log").open("wb") as log:
+            daemon = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # an interrupt is for pytest, which ends them in order
+            )
+        self.daemons.append(daemon)
+
+    def _call(self, *command: str, folder: Path | None = None) -> str:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def _is_idle(self) -> bool:
+        ended = [daemon.args for daemon in self.daemons if daemon.poll() is not None]
+        if ended:
+            raise RuntimeError(f"ended: {ended}\n{self._trouble()}")
+        try:
+            states = self._call("sinfo", "--noheader", "--Node", "--format=%T")
+        except RuntimeError:
+            return False  # the controller does not answer yet
+        return states.split() == ["idle"] * len(NODES)
+
+    def _trouble(self) -> str:
+        """The end of every daemon's log."""
+        logs = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"{log.name}:\n{log.read_text()[-2000:]}" for log in logs)
+
+    def _end(self) -> None:
+        """Cancel what runs, end the daemons, and kill what is left, all by process id."""
+        with ExitStack() as last:
+            last.callback(shutil.rmtree, self.folder)
+            last.callback(self._kill_leftovers)
+            for daemon in self.daemons:  # undone in reverse: nodes, controller, MUNGE
+                last.callback(_terminate, daemon)
+            if self._is_whole():  # else there is nobody to ask, and what is left gets killed
+                self._call("scancel", f"--user={_user()}")
+                wait_until(lambda: not self._call("squeue", "--noheader"), "the end of all jobs")
+
+    def _is_whole(self) -> bool:
+        alive = [daemon for daemon in self.daemons if daemon.poll() is None]
+        return len(alive) == 2 + len(NODES)
+
+    def _kill_leftovers(self) -> None:
+        for process in self._processes():
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, signal.SIGKILL)
+        wait_until(lambda: not list(self._processes()), "the end of all processes")
+
+    def _processes(self) -> Iterator[int]:
+        """What the daemons started: a step's keeper works in our folder, a task has our variable.
+
+        Slurm gives both a session of their own, and makes them children of init.
+        """
+        mark = f"SLURM_CONF={self.conf}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = mark in (process / "environ").read_bytes().split(b"\0")
+                if ours or (process / "cwd").readlink() == self.folder:
+                    yield int(process.name)
+            except OSError:
+                continue  # it has just ended, or is another user's
+
+
+def wait_until(
+    is_so: Callable[[], bool], what: str, trouble: Callable[[], str] = lambda: ""
+) -> None:
+    """Poll until ``is_so``. Raises ``TimeoutError`` with what ``trouble`` tells."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {LIMIT_SECONDS:.0f} s for {what}\n{trouble()}")
+        time.sleep(0.2)
+
+
+def _environment() -> dict[str, str]:
+    """This environment with this Python first, and nothing in it of a launcher or another Slurm."""
+    foreign = ("SLURM", "SBATCH", "SRUN", "TORCHELASTIC", "RANK", "WORLD_SIZE", "MASTER_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), PATH])
+    return inherited | {"PATH": path, "NPROC_PER_NODE": "1"}
+
+
+def _slurm_conf(folder: Path, munge_socket: Path) -> str:
+    # By its name the controller knows itself; addresses are given, since names may not resolve.
+    host = socket.gethostname().partition(".")[0]
+    controller, *nodes = _free_ports(1 + len(NODES))
+    node_lines = "\n".join(
+        f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=1"
+        for name, port in zip(NODES, nodes, strict=True)
+    )
+    # Jobs derive ports from their ids, and another Slurm may be under test on this machine.
+    first_job = random.SystemRandom().randrange(1, 1_000_000)
+    return f"""\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser={_user()}
+SlurmdUser={_user()}
+FirstJobId={first_job}
+AuthType=auth/munge
+AuthInfo=socket={munge_socket}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/linear
+# A node may say that it has another number of processors than the machine.
+SlurmdParameters=config_overrides
+ReturnToService=2
+# Busy machines answer late.
+MessageTimeout=60
+{node_lines}
+PartitionName=all Nodes=ALL Default=YES
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that the system finds free, all held at once so that they differ."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _terminate(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(30)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()

@@ -1,0 +1,154 @@
+"""Imports point one way, and no module or function grows past what one reads in one go."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import ddptrain
+
+ROOT = Path(ddptrain.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+GROUND = {"errors", "keys", "files", "place"}
+PLAIN = GROUND | {"config", "targets", "compose", "run_directory", "state"}
+PARTS = {"tasks", "data", "optim", "parallel"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "keys": set(),
+    "files": set(),
+    "place": {"errors"},
+    "config": {"errors"},
+    "sources": set(),
+    "signatures": {"sources"},
+    "targets": {"errors", "signatures"},
+    "state": {"errors"},
+    "compose": {"config", "errors", "targets"},
+    "run_directory": {"compose", "config", "errors", "files"},
+    # The parts know nothing of each other, nor of the config: a user may use one alone.
+    "models": set(),
+    "tasks": GROUND,
+    "data": GROUND,
+    "optim": GROUND,
+    "parallel": GROUND,
+    "account": GROUND | {"tasks"},
+    "step": GROUND | PARTS | {"account", "config"},
+    "evaluate": GROUND | PARTS | {"account", "config"},
+    # Called by the loop, and import none of it.
+    "checkpoint": GROUND | {"state"},
+    "observe": PLAIN,
+    "resilience": GROUND | {"data", "parallel", "account"},
+    "loop": PLAIN | PARTS | {"step", "evaluate", "checkpoint", "observe", "resilience"},
+    "build": PLAIN | PARTS
+    | {"models", "account", "step", "evaluate", "checkpoint", "observe", "resilience", "loop"},
+    "launch": PLAIN | PARTS
+    | {"evaluate", "checkpoint", "observe", "resilience", "loop", "build"},
+    "cli": PLAIN | {"observe", "resilience", "launch"},
+    "__main__": {"cli"},
+    "__init__": {"loop", "tasks"},
+}  # fmt: skip
+"""What each module or package may import of ddptrain, besides itself."""
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def layer(file: Path) -> str:
+    first = file.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def imported(file: Path) -> set[str]:
+    """The layers that a file imports, also inside functions and for type checking."""
+    found = set()
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(file)}: a relative import hides its layer"
+            modules = [node.module or ""]
+            if node.module == "ddptrain":
+                modules = [f"ddptrain.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {m.split(".")[1] for m in modules if m.startswith("ddptrain.")}
+    return found - {layer(file)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_imports_point_one_way(file: Path) -> None:
+    assert layer(file) in ALLOWED, "a new layer: say above what it may import"
+    forbidden = imported(file) - ALLOWED[layer(file)]
+    assert not forbidden, f"{name(file)} may not import {', '.join(sorted(forbidden))}"
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    order = list(TopologicalSorter(ALLOWED).static_order())
+    assert set(order) == set(ALLOWED)
+    assert set(ALLOWED) == {layer(file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_a_module_begins_with_the_reason_it_exists(file: Path) -> None:
+    assert file.read_text().startswith('"""')
+    reason = (ast.get_docstring(parse(file)) or "").splitlines()[0]
+    assert reason.endswith(".")
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_a_module_and_its_functions_are_short(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 300
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, functions) and node.end_lineno is not None:
+            assert node.end_lineno - node.lineno < 60, f"{name(file)}: {node.name}"
+
+
+def test_the_loop_fits_on_one_screen() -> None:
+    functions = {
+        node.name: node
+        for node in ast.walk(parse(ROOT / "loop.py"))
+        if isinstance(node, ast.FunctionDef)
+    }
+    train = functions["train"]
+    assert train.end_lineno is not None
+    assert train.end_lineno - train.lineno < 40
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("ddptrain", {"torch", "hydra", "omegaconf", "numpy", "torchmetrics", "yaml"}),
+        ("ddptrain.cli", {"torch", "numpy", "torchmetrics", "tensorboard", "sklearn", "rich"}),
+        ("ddptrain.errors", {"torch", "hydra", "omegaconf", "numpy", "yaml"}),
+        (
+            "ddptrain.tasks, ddptrain.models, ddptrain.data.sets",
+            {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"},
+        ),
+        ("ddptrain.build", {"torchmetrics", "tensorboard", "sklearn", "rich"}),
+    ],
+)
+def test_nothing_is_imported_that_is_not_used(modules: str, absent: set[str]) -> None:
+    program = f"import sys, {modules}; print(*({absent!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+def test_public_names_are_there_and_others_are_not() -> None:
+    for public in ddptrain.__all__:
+        assert getattr(ddptrain, public).__name__ == public
+    with pytest.raises(AttributeError, match="has no attribute 'Trainr'"):
+        getattr(ddptrain, "Trainr")  # noqa: B009

@@ -1,0 +1,428 @@
+"""Checkpoints on disk: whole or not there, believed only if every bit is right, never executed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER, Checkpoints
+from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.store import MANIFEST, Store, Writer
+from ddptrain.errors import CheckpointError
+
+FLIPS = 200
+FACTS: dict[str, Any] = {"config": {"seed": 3, "optim": {"lr": 1e-5}}, "versions": {"torch": "2"}}
+
+
+class Trained:
+    """A small model with buffers and an optimiser that has a state, as they are in a run."""
+
+    def __init__(self, steps: int = 3, features: int = 4) -> None:
+        torch.manual_seed(steps)
+        self.model = nn.Sequential(nn.Linear(features, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        for _ in range(steps):
+            self.model(torch.randn(8, features)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                named[f"{name}/{key}"] = value.clone()
+        return named
+
+
+def checkpoints(root: Path, keep_last: int = 10, keep_best: int = 0) -> Checkpoints:
+    return Checkpoints(Store(root), Retention(keep_last, keep_best), "val/accuracy", FACTS)
+
+
+def save(kept: Checkpoints, step: int, trained: Trained | None = None, **metrics: float) -> None:
+    trained = trained or Trained(step % 5 + 1)
+    named = {name.replace("_", "/"): value for name, value in metrics.items()}
+    numbers = {"skipped_steps": 0.0, "loss_scale": 4096.0}
+    kept.save(step, trained.model, trained.optimizer, numbers, named)
+
+
+def text_writer(text: str) -> Writer:
+    return lambda file: file.write_text(text) and None
+
+
+def flip(file: Path, position: int, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+# --- the store ---------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_found(tmp_path: Path) -> None:
+    store = Store(tmp_path / "checkpoints")
+    assert store.steps() == []
+    for step in (200, 5, 1000):
+        store.write(step, {"a": text_writer(f"a{step}"), "b": text_writer("b")}, {"more": [step]})
+        assert (store.root / "latest").read_text() == f"step-{step:08d}\n"
+    assert store.steps() == [5, 200, 1000]
+    assert names(store.root) == ["latest", "step-00000005", "step-00000200", "step-00001000"]
+    assert names(store.folder(200)) == ["a", "b", MANIFEST]
+    assert (store.folder(200) / "a").read_text() == "a200"
+    manifest = store.verify(200)
+    assert (manifest["step"], manifest["more"]) == (200, [200])
+    store.delete(200)
+    assert store.steps() == [5, 1000]
+    assert not store.folder(200).exists()
+
+
+def test_steps_are_in_the_order_of_numbers_also_past_eight_digits(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in (10**9, 5, 99_999_999):
+        store.write(step, {}, {})
+    assert store.steps() == [5, 99_999_999, 10**9]
+
+
+def test_a_write_that_fails_leaves_no_checkpoint_and_its_leftovers_go(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+
+    def no_space(file: Path) -> None:
+        file.write_text("half of")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        store.write(2, {"a": text_writer("a"), "b": no_space}, {})
+    assert store.steps() == [1]
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+    store.write(3, {"a": text_writer("a")}, {})
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
+
+
+def test_leftovers_of_a_crash_are_no_checkpoints_and_are_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+    for leftover in (".step-00000002.tmp", ".step-00000003.deleted"):
+        shutil.copytree(store.folder(1), tmp_path / leftover)
+    assert store.steps() == [1]
+    store.write(2, {"a": text_writer("second")}, {})
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
+    assert (store.folder(2) / "a").read_text() == "second"
+
+
+def test_a_good_checkpoint_of_the_same_step_is_kept_a_damaged_one_replaced(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("first")}, {})
+    store.write(1, {"a": text_writer("again")}, {})
+    assert (store.folder(1) / "a").read_text() == "first"
+    (store.folder(1) / "a").write_text("FIRST")
+    store.write(1, {"a": text_writer("again")}, {})
+    assert (store.folder(1) / "a").read_text() == "again"
+    store.verify(1)
+
+
+def test_latest_moves_also_where_the_crash_came_just_before_it(tmp_path: Path) -> None:
+    """The checkpoint was renamed into place, `latest` not yet moved; the run saves it again."""
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+    before = (tmp_path / "latest").read_text()
+    store.write(2, {"a": text_writer("a")}, {})
+    (tmp_path / "latest").write_text(before)
+    store.write(2, {"a": text_writer("a")}, {})
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
+
+
+def test_a_folder_without_a_manifest_is_written_over(tmp_path: Path) -> None:
+    """As a copy that was cut off leaves it."""
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+    (store.folder(1) / MANIFEST).unlink()
+    assert store.steps() == []
+    store.write(1, {"a": text_writer("again")}, {})
+    assert (store.folder(1) / "a").read_text() == "again"
+    store.verify(1)
+
+
+def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+    shutil.copytree(store.folder(1), tmp_path / "step-00000001-copy")
+    assert store.steps() == [1]
+    store.write(2, {"a": text_writer("a")}, {})
+    assert "step-00000001-copy" in names(tmp_path)
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, MANIFEST])
+def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    """Noticed, or of no consequence: 1e-05 and 1E-05 in the manifest are one number."""
+    kept = checkpoints(tmp_path)
+    save(kept, 7, val_accuracy=0.5)
+    file = kept.store.folder(7) / name
+    whole, manifest = file.read_bytes(), kept.store.verify(7)
+    chance = random.Random(0)
+    unnoticed = []
+    for _ in range(FLIPS):
+        position, bit = chance.randrange(len(whole)), chance.randrange(8)
+        flip(file, position, bit)
+        with contextlib.suppress(CheckpointError):
+            if kept.store.verify(7) != manifest or name != MANIFEST:
+                unnoticed.append(file.read_bytes()[max(0, position - 20) : position + 20])
+        file.write_bytes(whole)
+    assert not unnoticed, f"{len(unnoticed)} of {FLIPS} flips unnoticed, such as {unnoticed[0]!r}"
+    assert kept.store.verify(7) == manifest
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, MANIFEST])
+def test_truncated_grown_and_missing_files_are_noticed(tmp_path: Path, name: str) -> None:
+    kept = checkpoints(tmp_path)
+    save(kept, 7)
+    file = kept.store.folder(7) / name
+    whole = file.read_bytes()
+    for content in (b"", whole[:-1], whole[: len(whole) // 2], whole + b"x", whole + whole):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="step-00000007"):
+            kept.store.verify(7)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="step-00000007"):
+        kept.store.verify(7)
+
+
+def test_a_manifest_of_another_step_is_no_manifest(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+    store.folder(1).rename(store.folder(2))
+    with pytest.raises(CheckpointError, match="step 2"):
+        store.verify(2)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"step": 1}', '{"step": 1, "files": 3}'])
+def test_json_that_is_no_manifest_is_damage_too(tmp_path: Path, content: str) -> None:
+    store = Store(tmp_path)
+    store.write(1, {"a": text_writer("a")}, {})
+    (store.folder(1) / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        store.verify(1)
+
+
+def damage_model(folder: Path) -> None:
+    flip(folder / MODEL, 100, 0)
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:-10])
+
+
+def lose_optimizer(folder: Path) -> None:
+    (folder / OPTIMIZER).unlink()
+
+
+DAMAGES = [(damage_model, MODEL), (damage_manifest, MANIFEST), (lose_optimizer, OPTIMIZER)]
+
+
+@pytest.mark.parametrize(("damage", "name"), DAMAGES)
+def test_a_damaged_newest_is_passed_over_with_a_warning(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    name: str,
+) -> None:
+    kept = checkpoints(tmp_path)
+    for step in (10, 20, 30):
+        save(kept, step)
+    damage(kept.store.folder(30))
+    with caplog.at_level(logging.WARNING):
+        found = kept.newest()
+    assert found is not None
+    assert found[0] == 20
+    (warning,) = caplog.messages
+    assert str(kept.store.folder(30) / name) in warning
+
+
+@pytest.mark.parametrize(("damage", "name"), DAMAGES)
+def test_when_all_are_damaged_the_run_does_not_begin_again(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    kept = checkpoints(tmp_path)
+    for step in (10, 20):
+        save(kept, step)
+    for step in (10, 20):
+        damage(kept.store.folder(step))
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole") as raised:
+        kept.newest()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize(("damage", "name"), DAMAGES)
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(
+    tmp_path: Path, damage: Callable[[Path], None], name: str, keep_last: int
+) -> None:
+    """Resumed from 20 because 40 is damaged: what is saved at 30 is now the newest."""
+    kept = checkpoints(tmp_path, keep_last)
+    for step in (20, 40):
+        save(checkpoints(tmp_path), step)
+    damage(kept.store.folder(40))
+    save(kept, 30)
+    found = kept.newest()
+    assert found is not None
+    assert found[0] == 30
+    whole = {30} if keep_last == 1 else {20, 30}
+    assert whole <= set(kept.store.steps())
+
+
+def test_no_checkpoint_is_a_new_run(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path / "none").newest() is None
+    assert checkpoints(tmp_path).newest() is None
+
+
+# --- what is in them ---------------------------------------------------------------------------
+
+
+def test_restored_is_bit_for_bit_what_was_saved(tmp_path: Path) -> None:
+    kept, trained = checkpoints(tmp_path), Trained(steps=4)
+    save(kept, 4, trained, val_accuracy=0.25)
+    found = kept.newest()
+    assert found is not None
+    step, manifest = found
+    other = Trained(steps=1)
+    kept.restore(step, manifest, other.model, other.optimizer)
+    expected, restored = trained.tensors(), other.tensors()
+    assert restored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert restored[name].dtype == tensor.dtype
+        assert torch.equal(restored[name], tensor), name
+    assert manifest["step_numbers"] == {"skipped_steps": 0.0, "loss_scale": 4096.0}
+    assert manifest["metrics"] == {"val/accuracy": 0.25}
+    assert {key: manifest[key] for key in FACTS} == FACTS
+
+
+def test_restored_trains_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    kept, trained, other = checkpoints(tmp_path), Trained(steps=4), Trained(steps=1)
+    save(kept, 4, trained)
+    kept.restore(4, kept.store.verify(4), other.model, other.optimizer)
+    batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(9))
+    for one in (trained, other):
+        one.optimizer.zero_grad()
+        one.model(batch).square().sum().backward()
+        one.optimizer.step()
+    for name, tensor in trained.tensors().items():
+        assert torch.equal(other.tensors()[name], tensor), name
+
+
+def test_a_checkpoint_of_another_model_is_told_by_name(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    save(kept, 4, Trained(features=5))
+    manifest = kept.store.verify(4)
+    wider = Trained()
+    with pytest.raises(CheckpointError, match=r"0\.weight is \(3, 5\) there, \(3, 4\) here"):
+        kept.restore(4, manifest, wider.model, None)
+    with pytest.raises(CheckpointError, match=r"2\.weight"):
+        kept.restore(4, manifest, nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), None)
+
+
+class Exploit:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
+def _pickled(canary: Path) -> Writer:
+    return lambda file: file.write_bytes(pickle.dumps(Exploit(canary))) and None
+
+
+def _torch_saved(canary: Path) -> Writer:
+    return lambda file: torch.save({"0.weight": Exploit(canary)}, file)
+
+
+@pytest.mark.parametrize("kind", [_pickled, _torch_saved])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+def test_a_checkpoint_is_data_and_never_executed(
+    tmp_path: Path, kind: Callable[[Path], Writer], name: str
+) -> None:
+    """The manifest vouches for the file, so only the way it is read stands between."""
+    canary, trained = tmp_path / "canary", Trained()
+    kept = checkpoints(tmp_path / "checkpoints")
+    state = trained.model.state_dict()
+    writers: dict[str, Writer] = {MODEL: lambda file: save_file(state, file)}
+    manifest = {"metrics": {}, "step_numbers": {}, "optimizer_numbers": {}}
+    kept.store.write(1, writers | {name: kind(canary)}, manifest)
+    found = kept.newest()
+    assert found is not None
+    with pytest.raises(CheckpointError, match=name):
+        kept.restore(*found, trained.model, trained.optimizer)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Exploit(canary)))
+    assert canary.exists(), "the exploit must be one"
+
+
+# --- which are kept ----------------------------------------------------------------------------
+
+
+def test_three_resumes_later_the_best_and_the_last_are_there(tmp_path: Path) -> None:
+    scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.8, 5: 0.2, 6: 0.9, 7: 0.5, 8: 0.4}
+    for first in (1, 3, 5, 7):  # each a process that knows only what is on disk
+        kept = checkpoints(tmp_path, keep_last=1, keep_best=2)
+        for step in (first, first + 1):
+            save(kept, step, val_accuracy=scores[step])
+            best = sorted(range(1, step + 1), key=lambda s: (-scores[s], s))[:2]
+            assert kept.store.steps() == sorted({*best, step})
+    assert kept.store.steps() == [2, 6, 8]
+    assert kept.best_step() == 2
+    assert kept.best_metrics() == {"val/accuracy": 0.9}
+
+
+def test_a_checkpoint_between_evaluations_has_no_score(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path, keep_last=1, keep_best=1)
+    save(kept, 1, val_accuracy=0.5)
+    save(kept, 2)
+    save(kept, 3, val_accuracy=float("nan"))
+    assert kept.store.steps() == [1, 3]
+    assert kept.best_step() == 1
+
+
+def test_only_what_would_be_kept_is_among_the_best(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path, keep_last=1, keep_best=2)
+    for step, score in ((1, 0.5), (2, 0.7), (3, 0.6)):
+        assert kept.is_among_best(step, {"val/accuracy": score})
+        save(kept, step, val_accuracy=score)
+    assert not kept.is_among_best(4, {"val/accuracy": 0.55})
+    assert not kept.is_among_best(4, {"val/accuracy": float("nan")})
+    assert kept.is_among_best(4, {"val/accuracy": 0.65})
+    assert not checkpoints(tmp_path, keep_best=0).is_among_best(4, {})
+
+
+def test_a_metric_that_no_evaluation_gives_is_named(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path, keep_best=1)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.metric=val/accuracy.*val/loss") as told:
+        kept.is_among_best(1, {"val/loss": 1.0})
+    assert "\n" not in str(told.value)
+
+
+def test_the_manifest_is_readable_by_people_and_other_programs(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    save(kept, 3, val_accuracy=0.5)
+    content = json.loads((kept.store.folder(3) / MANIFEST).read_text())
+    assert content["step"] == 3
+    assert set(content["files"]) == {MODEL, OPTIMIZER}
