@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.store import Store
 from ddptrain.compose import to_plain
-from ddptrain.config import Config, Direction, Precision
+from ddptrain.config import Config, Direction, Precision, TrainConfig
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
@@ -36,6 +37,7 @@ from ddptrain.step import Step
 from ddptrain.tasks.task import Task
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phases) -> Trainer:
@@ -51,10 +53,7 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
     task = build_task(config, ranks.device)
     strategy = DataParallel(ranks, config.parallel.bucket_mb)
     autocast = build_autocast(train.precision, ranks.device)
-    total_steps = min(
-        train.max_steps if train.max_steps is not None else 1 << 62,
-        train.max_epochs * plan.steps_per_epoch if train.max_epochs is not None else 1 << 62,
-    )
+    total_steps = _total_steps(train, plan)
     step = Step(
         Accounted(task, Window(ranks.device), autocast).to(ranks.device),
         _build("optim", build_optimizer, config.optim, task),
@@ -88,6 +87,22 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
         Observer(config, run, phases, speaks=ranks.is_first),
         total_steps,
     )
+
+
+def _total_steps(train: TrainConfig, plan: Plan) -> int:
+    """The steps of a run: whichever of ``max_steps`` and ``max_epochs`` comes first."""
+    by_steps = train.max_steps
+    by_epochs = None if train.max_epochs is None else train.max_epochs * plan.steps_per_epoch
+    limits = [limit for limit in (by_steps, by_epochs) if limit is not None]
+    if by_epochs is not None and by_steps is not None and by_epochs < by_steps:
+        logger.warning(
+            "the run ends after train.max_epochs=%s, %s steps, before train.max_steps=%s; "
+            "set train.max_epochs=null to let the steps decide",
+            train.max_epochs,
+            by_epochs,
+            by_steps,
+        )
+    return min(limits)
 
 
 def build_task(config: Config, device: torch.device) -> Task:

@@ -1,0 +1,30 @@
+"""The built-in experiments reach what their documentation says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import TORCHRUN, read_result, run
+
+
+@pytest.mark.parametrize(
+    ("experiment", "metric", "target"),
+    [("digits", "test/accuracy", 0.985), ("breast_cancer", "test/auroc", 0.99)],
+)
+def test_experiment_reaches_its_target(
+    tmp_path: Path, experiment: str, metric: str, target: float
+) -> None:
+    command = [*TORCHRUN, "2", "-m", "ddptrain", f"experiment={experiment}", "run.dir=run"]
+    finished = run(command, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert read_result(tmp_path / "run")["metrics"][metric] >= target
+
+
+def test_language_model_learns_and_writes(tmp_path: Path) -> None:
+    """A short run: far from its target, but below the 8 bits of a byte and able to write."""
+    short = ["train.max_steps=20", "eval.every_steps=null", "model.layers=2", "run.dir=run"]
+    finished = run([*TORCHRUN, "2", "-m", "ddptrain", "experiment=stdlib_lm", *short], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert read_result(tmp_path / "run")["metrics"]["val/bits_per_byte"] < 5.5
+    assert "from the model:" in finished.stdout
