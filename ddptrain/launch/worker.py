@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +54,8 @@ def run_rank(
             context = _where(trainer, error)
         code = exit_with(error, place, context, errors_on_screen)
         if trainer is not None and place.rank == 0:
-            write_result(run, _result(trainer, "failed", began))
+            with contextlib.suppress(Exception):  # the error to show is the first one
+                write_result(run, _result(trainer, "failed", began))
         if place.world_size > 1:
             leave_now(code)
         return code

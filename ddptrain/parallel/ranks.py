@@ -39,6 +39,9 @@ class Ranks:
         self.place = place
         self.device = device
         self.store: Store | None = None
+        if device.type == "cuda":
+            # Before any collective: NCCL and a user's own .cuda() take the current device.
+            torch.cuda.set_device(device)
         if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
             return
         self.store = _connect(place, timeout)
