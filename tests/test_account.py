@@ -49,6 +49,7 @@ def exact_means(of_ranks: list[list[tuple[int, dict[str, Any]]]]) -> dict[str, f
     return {name: float(sums[name] / counts[name]) for name in sorted(sums) if counts[name]}
 
 
+@settings(max_examples=60)
 @given(st.lists(MICRO_BATCHES, min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_logged_values_are_exact_weighted_means(
     of_ranks: list[list[tuple[int, dict[str, Any]]]], chance: random.Random
@@ -217,7 +218,7 @@ def gradient_by_hand(batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("accumulation", [1, 3, 4])
 @pytest.mark.parametrize("is_short", [False, True])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10_000))
 def test_gradient_is_that_of_the_mean_over_the_whole_batch(
     accumulation: int, is_short: bool, seed: int
@@ -242,7 +243,7 @@ def test_gradient_is_as_exact_as_float32_can_tell(accumulation: int) -> None:
     torch.testing.assert_close(found, gradient_by_hand(batch), rtol=1e-12, atol=1e-15)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), max_norm=st.floats(1e-3, 10))
 def test_clipping_is_that_of_the_mean_gradient(seed: int, max_norm: float) -> None:
     batch = data(12, seed)
