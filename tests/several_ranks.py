@@ -23,6 +23,7 @@ from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
+from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
@@ -74,7 +75,7 @@ def weights_after(steps: int, made: Trainer) -> list[list[float]]:
 
 
 def collectives_of_a_step(ranks: Ranks, folder: Path) -> int:
-    """How many all-reduces a step of three micro-batches on each rank makes."""
+    """How many collectives a step of three micro-batches on each rank makes."""
     micro = GLOBAL_BATCH // (3 * ranks.world_size)
     overrides = ["experiment=ragged", f"train.micro_batch_size={micro}"]
     made = build(compose(overrides), ranks, folder)
@@ -83,7 +84,20 @@ def collectives_of_a_step(ranks: Ranks, folder: Path) -> int:
         made.step(step, batches)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         made.step(3, batches)
-    return sum(event.name == "gloo:all_reduce" for event in profiled.events() or ())
+    return sum(event.name.startswith("gloo:") for event in profiled.events() or ())
+
+
+def reduced(ranks: Ranks) -> dict[str, bool]:
+    """By bucket size, gathered or in a ring: is the sum over the ranks right in every element?"""
+    right = {}
+    for count in (1, 1000, 1_000_000):
+        layer = torch.nn.Linear(count, 1, bias=False)
+        of_ranks = [torch.arange(count) % 7 + rank for rank in range(ranks.world_size)]
+        replica = DataParallel(ranks, bucket_mb=25).wrap(layer)
+        replica(of_ranks[ranks.rank].float()).sum().backward()
+        gradient = torch.nn.utils.parameters_to_vector([p.grad for p in layer.parameters()])
+        right[str(count)] = torch.equal(gradient, torch.stack(of_ranks).sum(0).float())
+    return right
 
 
 def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
@@ -129,6 +143,7 @@ def main(file: Path) -> None:
         "gradients": gradients(ranks, file.parent),
         "evaluations": evaluations(ranks, file.parent),
         "logs": differing_logs(ranks),
+        "reduced": reduced(ranks),
         "collectives": collectives_of_a_step(ranks, file.parent),
     }
     if ranks.is_first:

@@ -53,10 +53,15 @@ def test_gradient_is_that_of_one_process_on_the_whole_batch(
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_one_all_reduce_a_step_whatever_the_accumulation(
+def test_one_collective_a_step_whatever_the_accumulation(
     by_ranks: dict[int, Found], ranks: int
 ) -> None:
     assert by_ranks[ranks]["collectives"] == (ranks > 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_buckets_small_and_large_are_summed(by_ranks: dict[int, Found], ranks: int) -> None:
+    assert by_ranks[ranks]["reduced"] == {"1": True, "1000": True, "1000000": True}
 
 
 def test_clipping_binds(by_ranks: dict[int, Found]) -> None:

@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.parallel.reduction import Sum
 
 
 class Strategy(Protocol):
     """How replicas are kept one model."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return a module whose backward averages gradients over the ranks."""
+        """Return a module whose backward sums gradients over the ranks, up to one common factor."""
 
     def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """A context in which backward adds to the local gradients only."""
@@ -36,12 +37,15 @@ class DataParallel:
         if self.ranks.world_size == 1:
             return module
         on_gpu = self.ranks.device.type == "cuda"
-        return DistributedDataParallel(
+        replica = DistributedDataParallel(
             module,
             device_ids=[self.ranks.device] if on_gpu else None,
             gradient_as_bucket_view=True,
             bucket_cap_mb=self.bucket_mb,
         )
+        if not on_gpu:
+            replica.register_comm_hook(None, Sum(self.ranks.world_size).hook)
+        return replica
 
     def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         if isinstance(wrapped, DistributedDataParallel):
