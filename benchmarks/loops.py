@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import BATCH_PER_RANK, LEARNING_RATE, STEPS, Data, Timed
+from cases import BATCH_PER_RANK, HORIZON, LEARNING_RATE, Data, Timed
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -34,9 +34,9 @@ def hand(case: str) -> None:
             yield from loader
             epoch += 1
 
-    for step, (inputs, targets) in zip(range(STEPS[case]), batches(), strict=False):
+    for step, (inputs, targets) in zip(range(HORIZON), batches(), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS[case]))
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / HORIZON))
         loss = model(inputs, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
@@ -63,12 +63,12 @@ def accelerate(case: str) -> None:
         model = Timed(case)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
         # The scheduler is stepped once per process and step: its horizon is in those units.
-        horizon = STEPS[case] * accelerator.num_processes
+        horizon = HORIZON * accelerator.num_processes
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, horizon)
         loader = DataLoader(Data(case), BATCH_PER_RANK[case], shuffle=True, drop_last=True)
         model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
         step = 0
-        while step < STEPS[case]:
+        while step < HORIZON:
             for inputs, targets in loader:
                 loss = model(inputs, targets)
                 accelerator.backward(loss)
@@ -79,7 +79,7 @@ def accelerate(case: str) -> None:
                 step += 1
                 if step % 50 == 0:
                     accelerator.log({"loss": loss.item()}, step=step)
-                if step == STEPS[case]:
+                if step == HORIZON:
                     break
         accelerator.end_training()
 
@@ -102,7 +102,7 @@ def lightning(case: str) -> None:
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, fused=True)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS[case])
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, HORIZON)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def lightning(case: str) -> None:
             accelerator="cpu",
             devices=2,
             strategy=DDPStrategy(gradient_as_bucket_view=True, static_graph=True),
-            max_steps=STEPS[case],
+            max_steps=HORIZON,
             max_epochs=-1,
             gradient_clip_val=1.0,
             log_every_n_steps=50,

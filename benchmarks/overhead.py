@@ -1,10 +1,11 @@
 """What the trainer costs over a hand-tuned loop: ms per step, memory, time to the first step.
 
-    python benchmarks/overhead.py --rounds 7 --picture docs/overhead.png
+    python benchmarks/overhead.py --rounds 3 --picture docs/overhead.png
 
-Each round trains every case with every contender in turn, on two ranks with one thread each, so
-that a machine that slows down slows all of them. Figures are medians over rounds; ratios are taken
-within a round, then their median.
+In each round every contender is started on two ranks with one thread each, and paused when it is
+warm. Then they take turns, a second and a half each, the others stopped: whatever slows the machine
+slows all of them alike. Figures are medians over turns; ratios are taken within a turn, then their
+median.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,13 +23,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cases import BATCH_PER_RANK, LEARNING_RATE, STEPS
+from cases import BATCH_PER_RANK, HORIZON, LEARNING_RATE
 
 HERE = Path(__file__).resolve().parent
-WINDOW = 20
-WARM_UP = 20
 RANKS = 2
+SLICE_SECONDS = 1.5
+SETTLE = 2  # steps at the beginning of a turn that do not count
 Measures = dict[str, float]
+Results = dict[tuple[str, str], list[Measures]]
 
 
 def command(contender: str, case: str, folder: Path) -> list[str]:
@@ -43,7 +46,7 @@ def command(contender: str, case: str, folder: Path) -> list[str]:
         f"run.dir={folder / 'run'}",
         f"task={{_target_:cases.task,case:{case}}}",
         f"data.train={{_target_:cases.Data,case:{case}}}",
-        f"train.max_steps={STEPS[case]}",
+        f"train.max_steps={HORIZON}",
         f"train.global_batch_size={RANKS * BATCH_PER_RANK[case]}",
         f"train.micro_batch_size={BATCH_PER_RANK[case]}",
         f"optim.lr={LEARNING_RATE}",
@@ -52,48 +55,96 @@ def command(contender: str, case: str, folder: Path) -> list[str]:
     ]
 
 
-def measure(contender: str, case: str) -> Measures:
-    """Train once; return ms per step, peak memory of rank 0 and seconds to the first step's end."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report = folder / "report.json"
+class Contest:
+    """A contender that trains a case, and can be made to pause and to go on."""
+
+    def __init__(self, contender: str, case: str, folder: Path) -> None:
+        """Start it, and return when it has paused, warm."""
+        folder.mkdir()
+        self.folder = folder
+        self.slices: list[tuple[float, float]] = []
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "BENCHMARK_REPORT": str(report),
+            "BENCHMARK_FOLDER": str(folder),
             "PYTHONPATH": str(HERE),
         }
-        began = time.time()
-        done = subprocess.run(
-            command(contender, case, folder),
-            cwd=HERE,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{contender} {case} failed:\n{done.stderr}")
-        told: dict[str, Any] = json.loads(report.read_text())
-    times = told["forwards"][WARM_UP : STEPS[case]]
-    windows = [
-        1000 * (times[i + WINDOW] - times[i]) / WINDOW
-        for i in range(0, len(times) - WINDOW, WINDOW)
-    ]
-    return {
-        "ms": median(windows),
-        "peak_mb": told["peak_mb"],
-        "start_s": told["first_step_done"] - began,
-    }
+        self.began = time.perf_counter()
+        with (folder / "output").open("w") as output:
+            self.agent = subprocess.Popen(
+                command(contender, case, folder),
+                cwd=HERE,
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
+        self.ranks = [self._wait_for(f"rank-{rank}") for rank in range(RANKS)]
+        while not all(_is_paused(rank) for rank in self.ranks):
+            time.sleep(0.01)
+
+    def run(self, seconds: float) -> None:
+        """Let it train for a while, alone."""
+        begin = time.perf_counter()
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+        self.slices.append((begin, time.perf_counter()))
+
+    def finish(self) -> list[Measures]:
+        """End it; return what it measured, by slice."""
+        self._signal(signal.SIGCONT)
+        os.kill(self.ranks[0], signal.SIGUSR2)
+        told = self._wait_for("report")
+        for process in (self.agent.pid, *self.ranks):
+            os.kill(process, signal.SIGKILL)
+        self.agent.wait()
+        whole = {
+            "peak_mb": told["peak_mb"],
+            "start_s": told["first_step_done"] - self.began,
+        }
+        return [whole | {"ms": _ms_per_step(told["forwards"], *part)} for part in self.slices]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for rank in self.ranks:
+            os.kill(rank, number)
+
+    def _wait_for(self, name: str) -> Any:
+        file = self.folder / name
+        while not file.exists():
+            if self.agent.poll() is not None:
+                raise SystemExit((self.folder / "output").read_text())
+            time.sleep(0.01)
+        return json.loads(file.read_text())
 
 
-def table(results: dict[tuple[str, str], list[Measures]], contenders: list[str]) -> str:
+def _is_paused(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def _ms_per_step(forwards: list[float], begin: float, end: float) -> float:
+    inside = [time for time in forwards if begin <= time <= end][SETTLE:]
+    return 1000 * (inside[-1] - inside[0]) / (len(inside) - 1)
+
+
+def measure(case: str, contenders: list[str], slices: int) -> dict[str, list[Measures]]:
+    """Train ``case`` with all contenders in turn, a slice of time each, ``slices`` times."""
+    with tempfile.TemporaryDirectory() as folder:
+        contests = {name: Contest(name, case, Path(folder) / name) for name in contenders}
+        for turn in range(slices):
+            # Another one begins each time: none always runs after the same one.
+            first = turn % len(contenders)
+            for name in contenders[first:] + contenders[:first]:
+                contests[name].run(SLICE_SECONDS)
+        return {name: contest.finish() for name, contest in contests.items()}
+
+
+def table(results: Results, contenders: list[str]) -> str:
     """A Markdown table: medians, and in brackets the median ratio to the hand-tuned loop."""
     lines = ["| | " + " | ".join(contenders) + " |", "|---" * (len(contenders) + 1) + "|"]
     rows = [("ms", "ms per step", ".2f"), ("peak_mb", "peak MB of rank 0", ".0f")]
     rows.append(("start_s", "s to the first step", ".1f"))
     for key, label, form in rows:
-        for case in sorted({case for _, case in results}, key=list(STEPS).index):
+        for case in sorted({case for _, case in results}, key=list(BATCH_PER_RANK).index):
             cells = []
             for contender in contenders:
                 own = [m[key] for m in results[contender, case]]
@@ -104,9 +155,7 @@ def table(results: dict[tuple[str, str], list[Measures]], contenders: list[str])
     return "\n".join(lines)
 
 
-def draw(
-    results: dict[tuple[str, str], list[Measures]], contenders: list[str], picture: Path
-) -> None:
+def draw(results: Results, contenders: list[str], picture: Path) -> None:
     """Bars of the ratio of ms per step to the hand-tuned loop, by case."""
     import matplotlib
 
@@ -114,7 +163,7 @@ def draw(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3))
-    cases = sorted({case for _, case in results}, key=list(STEPS).index)
+    cases = sorted({case for _, case in results}, key=list(BATCH_PER_RANK).index)
     width = 0.8 / len(contenders)
     for i, contender in enumerate(contenders):
         ratios = [
@@ -136,20 +185,19 @@ def draw(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is started")
+    parser.add_argument("--slices", type=int, default=10, help="turns in a round")
+    parser.add_argument("--cases", nargs="+", default=list(BATCH_PER_RANK))
     parser.add_argument("--contenders", nargs="+", help="default: all that are installed")
     parser.add_argument("--picture", type=Path, help="write a bar chart to this file")
     given = parser.parse_args()
     rivals = [n for n in ("accelerate", "lightning") if importlib.util.find_spec(n)]
     contenders = given.contenders or ["hand", "ddptrain", *rivals]
-    results: dict[tuple[str, str], list[Measures]] = {}
+    results: Results = {}
     for round_number in range(given.rounds):
         for case in given.cases:
-            # Start each round with another contender: none always runs after the same one.
-            turn = round_number % len(contenders)
-            for contender in contenders[turn:] + contenders[:turn]:
-                results.setdefault((contender, case), []).append(measure(contender, case))
+            for name, measures in measure(case, contenders, given.slices).items():
+                results.setdefault((name, case), []).extend(measures)
         print(f"\nafter round {round_number + 1}\n{table(results, contenders)}", flush=True)
     if given.picture:
         draw(results, contenders, given.picture)
