@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -24,6 +22,7 @@ from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
+from ddptrain.generators import key_generators
 from ddptrain.keys import derive
 from ddptrain.loop import Trainer
 from ddptrain.observe.observer import Observer
@@ -50,6 +49,10 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
             f"{source.label} has {plan.samples} samples, fewer than train.global_batch_size="
             f"{train.global_batch_size}: make the batch smaller, or the data set larger"
         )
+    splits = [split for split in ("val", "test") if getattr(config.data, split) is not None]
+    others = {split: build_source(config, split) for split in splits}
+    sizes = {s.label: f"{s.plan.samples} samples" for s in (source, *others.values())}
+    ranks.agree(sizes, "has other data than", "give all nodes the same files")
     task = build_task(config, ranks.device)
     strategy = DataParallel(ranks, config.parallel.bucket_mb)
     autocast = build_autocast(train.precision, ranks.device)
@@ -75,13 +78,12 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
         {
             split: Evaluation(
                 task,
-                Fetcher(build_source(config, split), ranks.device, config.data.workers),
+                Fetcher(other, ranks.device, config.data.workers),
                 strategy,
                 ranks,
                 autocast,
             )
-            for split in ("val", "test")
-            if getattr(config.data, split) is not None
+            for split, other in others.items()
         },
         build_checkpoints(config, run),
         Observer(config, run, phases, speaks=ranks.is_first),
@@ -107,10 +109,7 @@ def _total_steps(train: TrainConfig, plan: Plan) -> int:
 
 def build_task(config: Config, device: torch.device) -> Task:
     """Build the model and its task, with weights drawn from the seed. Raises ``Refused``."""
-    key = derive(config.seed, "weights")
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    torch.manual_seed(key)
+    key_generators(derive(config.seed, "weights"), device)
     model = {} if config.model is None else {"model": _build("model", instantiate, config.model)}
     task = _build("task", instantiate, config.task, **model)
     if not isinstance(task, Task):
@@ -127,6 +126,8 @@ def build_source(config: Config, split: str, whole: bool = True) -> Source:
     With ``whole`` its plan is one pass over all samples, in order, for an evaluation; without, it
     is that of the training steps.
     """
+    # One key for all splits: a data set that shuffles before it takes its part gets the same order.
+    key_generators(derive(config.seed, "data"))
     dataset = _build(f"data.{split}", instantiate, getattr(config.data, split), _convert_="all")
     label = f"data.{split} ({type(dataset).__name__})"
     try:

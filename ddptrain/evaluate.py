@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,9 +46,12 @@ class Evaluation:
         self.batches = fetcher.fetch(plan.micro_batches(0, ranks.rank, ranks.world_size))
 
     def prepare(self) -> None:
-        """Begin to load what the metrics need (torchmetrics takes seconds) beside training."""
+        """Begin to import what the metrics need (torchmetrics takes seconds) beside training.
+
+        Only that: a metric's own code might draw random numbers that the model should draw.
+        """
         if self.loading is None:
-            self.loading = Thread(target=self.task.metrics, daemon=True)
+            self.loading = Thread(target=import_module, args=["torchmetrics"], daemon=True)
             self.loading.start()
 
     def run(self) -> dict[str, float]:
@@ -59,13 +63,9 @@ class Evaluation:
             # The states are merged here, once: torchmetrics must not add up the ranks again.
             metric.distributed_available_fn = _not_distributed
         self.strategy.synchronise_buffers(self.task)
-        self.task.eval()
-        try:
-            with torch.inference_mode(), self.autocast():
-                for batch in self.batches:
-                    self.task.update(metrics, batch)
-        finally:
-            self.task.train()
+        with _in_eval_mode(self.task), torch.inference_mode(), self.autocast():
+            for batch in self.batches:
+                self.task.update(metrics, batch)
         return self._compute(metrics)
 
     def _compute(self, metrics: dict[str, Metric]) -> dict[str, float]:
@@ -85,6 +85,18 @@ class Evaluation:
                 raise TrainingError(f"evaluation: metric {name} is not one number, but {value}")
             values[name] = value.item()
         return values
+
+
+@contextmanager
+def _in_eval_mode(task: Task) -> Iterator[None]:
+    """Put back what was in training mode, and only that: a user may have frozen the rest."""
+    training = [module for module in task.modules() if module.training]
+    task.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _not_distributed() -> bool:

@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import time
 from pathlib import Path
+
+from ddptrain.errors import Refused
+
+LOCK_SECONDS = 5.0
+"""How long a process that was just killed may take to be gone."""
+
+_held: list[object] = []
+
+
+def lock(folder: Path) -> None:
+    """Claim a run's directory for this process, as long as it lives. Raises ``Refused``.
+
+    A POSIX record lock: loading workers that outlive a killed process do not inherit it, and
+    network file systems know it. Where there are no locks there is no claim.
+    """
+    file = (folder / ".lock").open("a+")
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                file.seek(0)
+                raise Refused(
+                    f"{folder} is in use by {file.read().strip() or 'another process'}; "
+                    "end that one, or name another run.dir"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held.append(file)  # closing it would give up the claim
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -56,7 +56,8 @@ class Trainer:
         return self.finish()
 
     def is_due(self, every: int | None) -> bool:
-        return every is not None and self.done % every == 0
+        """Whether it is time, but for the last step: what is due then, ``finish`` does."""
+        return every is not None and self.done % every == 0 and self.done < self.total_steps
 
     def advance(self, done: int) -> None:
         self.done = done
@@ -80,14 +81,16 @@ class Trainer:
         with self.clock.paused():
             for evaluation in self.evaluations.values():
                 evaluation.prepare()
+            fetchers = [self.fetcher, *(e.fetcher for e in self.evaluations.values())]
+            data = {fetcher.source.name: fetcher.digest() for fetcher in fetchers}
+            self.ranks.agree(data, "reads other data than", "give all nodes the same files")
             if self.ranks.is_first:
-                fetchers = [self.fetcher, *(e.fetcher for e in self.evaluations.values())]
-                self.observer.first_step_done({f.source.name: f.source.digest() for f in fetchers})
+                self.observer.first_step_done(data)
 
     def log(self) -> None:
         """Reduce what the steps since the last line recorded, and write it down."""
+        self.stop_if_not_finite()  # waits for the device, so the clock is right from here on
         with self.clock.paused():
-            self.stop_if_not_finite()
             plan = self.fetcher.source.plan
             samples = plan.samples_before(self.done)
             seconds = self.clock.end_window(self.done - self.logged)
@@ -105,16 +108,16 @@ class Trainer:
             self.save()
 
     def evaluate(self, split: str) -> None:
+        self.stop_if_not_finite()
         with self.clock.paused():
-            self.stop_if_not_finite()
             metrics = self.evaluations[split].run()
             self.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
             self.observer.log(self.done, split, metrics)
 
     def save(self) -> None:
         """Write a checkpoint of this step, with the metrics of evaluations at this step."""
+        self.stop_if_not_finite()
         with self.clock.paused():
-            self.stop_if_not_finite()
             if self.ranks.is_first:
                 self.checkpoints.save(
                     self.done, self.task, self.step.optimizer, self.step.numbers(), self.metrics
@@ -142,5 +145,6 @@ class Trainer:
             if not any(name.startswith(f"{split}/") for name in self.metrics):
                 self.evaluate(split)
         self.save()
-        self.observer.finish(self.done, self.metrics, self.checkpoints.best_metrics())
+        if self.ranks.is_first:
+            self.observer.finish(self.done, self.metrics, self.checkpoints.best_metrics())
         return self.metrics

@@ -18,8 +18,22 @@ def model_tensors(task: nn.Module) -> Tensors:
     return {name: tensor.detach() for name, tensor in task.state_dict().items()}
 
 
+def unshared(tensors: Tensors) -> Tensors:
+    """The same values, each in memory of its own, as safetensors wants them: tied weights twice."""
+    seen: set[int] = set()
+    alone: Tensors = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        alone[name] = tensor.clone() if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return alone
+
+
 def optimizer_tensors(task: nn.Module, optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """The optimiser's state as tensors named ``<parameter>/<key>``, and what is no tensor."""
+    """The optimiser's state as tensors named ``<parameter>/<key>``, and what is no tensor.
+
+    Some optimisers count in their groups: those entries are named ``#<group>/<key>``.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in task.named_parameters()}
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
@@ -27,6 +41,12 @@ def optimizer_tensors(task: nn.Module, optimizer: Optimizer) -> tuple[Tensors, d
         for key, value in state.items():
             where = tensors if isinstance(value, Tensor) else numbers
             where[f"{names[parameter]}/{key}"] = value
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"#{index}/{key}"] = value
+            elif isinstance(value, bool | int | float) and key != "lr":
+                numbers[f"#{index}/{key}"] = value
     return tensors, numbers
 
 
@@ -55,6 +75,9 @@ def load_optimizer(
     optimizer.state.clear()
     for full, value in {**tensors, **numbers}.items():
         name, _, key = full.rpartition("/")
+        if name.startswith("#"):
+            optimizer.param_groups[int(name[1:])][key] = value
+            continue
         parameter = parameters[name]
         if isinstance(value, Tensor):
             # A step counter may live on the host while its parameter is on a device.

@@ -12,7 +12,7 @@ from ddptrain.account import Accounted, merge_logs
 from ddptrain.config import NonFinite
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
-from ddptrain.keys import derive
+from ddptrain.generators import key_generators
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Schedule
 from ddptrain.parallel.ddp import Strategy
@@ -54,11 +54,16 @@ class Step:
         self.names = [n for n, p in module.task.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.task.parameters() if p.requires_grad]
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
-        self.generator = _generator(ranks.device)
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.faults = torch.zeros((), device=ranks.device)
         self.norm = torch.zeros((), device=ranks.device)
         self.current: MicroBatch | None = None
+        self.buffers = list(module.task.buffers())
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        # DDP lays its buckets out anew after its first backward, and where a number lies in a
+        # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
+        self.replica(None).backward()
+        self._clear_gradients()
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
         """Take step ``step`` (from 0), drawing this rank's micro-batches from ``batches``."""
@@ -78,6 +83,8 @@ class Step:
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers_before, self.buffers)
         mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
         for micro_batch in mine[:-1]:
             with self.strategy.accumulate(self.replica):
@@ -91,8 +98,7 @@ class Step:
     def _backward(self, micro_batch: MicroBatch, batches: Iterator[Batch]) -> None:
         self.current = micro_batch
         batch = next(batches)
-        key = derive(self.plan.seed, "forward", micro_batch.step, micro_batch.index)
-        self.generator.manual_seed(key)
+        key_generators(self.plan.forward_key(micro_batch), self.ranks.device)
         total = self.replica(batch)
         if self.loss_scale is not None:
             total = total * self.loss_scale.value
@@ -100,8 +106,11 @@ class Step:
 
     def _gradients(self) -> tuple[list[Tensor], Tensor]:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # Of an accumulated gradient DDP alone knows that the last backward did not reach it.
+        unused = [self.names[i - 1] for i in self.strategy.unreduced(self.replica) if i > 0]
         if len(gradients) < len(self.parameters):
             unused = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        if unused:
             raise TrainingError(
                 f"{len(unused)} of {len(self.parameters)} parameters got no gradient: "
                 f"{', '.join(unused)}; use them in the loss, or freeze them (requires_grad=False)"
@@ -137,9 +146,13 @@ class Step:
             self.optimizer.step()
         elif not skip.item():
             self.optimizer.step()
-        for parameter in self.parameters:
+        for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
+            buffer.copy_(before.where(skip > 0, buffer))
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.module.parameters():
             parameter.grad = None
-        self.module.account.grad = None
 
     def first_fault(self, steps: int) -> int | None:
         """After ``steps`` steps: the one whose numbers were not finite, if that stops the run."""
@@ -181,12 +194,3 @@ class Step:
         if self.loss_scale is not None and "loss_scale" in numbers:
             self.loss_scale.value.fill_(numbers["loss_scale"])
             self.loss_scale.finite_steps.fill_(numbers["finite_steps"])
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The generator that the layers of a model draw from on ``device``."""
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        generator: torch.Generator = torch.cuda.default_generators[device.index]
-        return generator
-    return torch.default_generator

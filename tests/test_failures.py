@@ -31,6 +31,9 @@ def project(tmp_path: Path) -> Path:
         ("data.train.odd_at=17", r"data\.train \(Sentences\): sample 17 is .*\(11,\).*\(12,\)"),
         ("data.train.infinite_at=17", r"the loss is (nan|inf) on rank [01], samples 17;"),
         ("model.extra=true", r"forgotten\.weight, model\.forgotten\.bias; use them in the loss"),
+        ("model.fickle=true", r"fickle\.weight, model\.fickle\.bias; use them in the loss"),
+        ("task.in_place=true", r"RuntimeError: .* modified by an inplace operation"),
+        ("data.train.uneven=true", r"rank 1 has other data than rank 0: .*86 samples.*87 samples"),
         ("task.culprit=1 task.raise_at=20", r"^rank 1 .*step \d+, samples [\d, ]+: KeyError"),
         ("task.culprit=1 task.kill_at=20", r"^rank 1: was killed by SIGKILL"),
         ("data.train.samples=5", r"has 5 samples, fewer than train\.global_batch_size=24"),
@@ -40,7 +43,7 @@ def project(tmp_path: Path) -> Path:
 )
 def test_first_error_is_the_last_line(project: Path, fault: str, expected: str) -> None:
     finished = run([*LAUNCHED, *SHORT, *fault.split()], project)
-    refused = "could not build" in expected or "samples=" in fault
+    refused = "could not build" in expected or "samples" in fault or "uneven" in fault
     assert finished.returncode == (2 if refused else 1)
     assert re.search(expected, last_line(finished)), finished.stderr
     (run_dir,) = (project / "runs" / "ragged").iterdir()

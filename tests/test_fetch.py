@@ -354,21 +354,25 @@ def test_steps_are_fetched_as_they_are_needed() -> None:
     assert len(dataset.asked) == 5
 
 
+def digest(made: Source, workers: int = 0) -> dict[str, Any]:
+    return Fetcher(made, CPU, workers).digest()
+
+
 def test_data_is_told_from_other_data() -> None:
-    first = source(Numbers()).digest()
-    assert first == source(Numbers(), seed=9, micro=3).digest()
+    first = digest(source(Numbers()))
+    assert first == digest(source(Numbers(), seed=9, micro=3))
     assert first["samples"] == SAMPLES
-    assert first != source(Numbers(SAMPLES + 1)).digest()
-    assert first["sha256"] != source(Faulty()).digest()["sha256"]
-    assert source(Augmented()).digest() == source(Augmented()).digest()
-    assert source(InMemory()).digest()["sha256"] == first["sha256"]
+    assert first != digest(source(Numbers(SAMPLES + 1)))
+    assert first["sha256"] != digest(source(Faulty()))["sha256"]
+    assert digest(source(Augmented())) == digest(source(Augmented()))
+    assert digest(source(InMemory()))["sha256"] == first["sha256"]
 
 
 def test_a_digest_reads_sixteen_samples_at_most() -> None:
     dataset = Numbers(10_000)
-    source(dataset).digest()
+    digest(source(dataset))
     assert len(dataset.asked) == 16
-    assert source(Numbers(1)).digest()["samples"] == 1
+    assert digest(source(Numbers(1)))["samples"] == 1
 
 
 def test_a_micro_batch_of_one_is_a_batch() -> None:

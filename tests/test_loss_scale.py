@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddptrain.optim.loss_scale import GROWTH_INTERVAL, LARGEST, LossScale
+from ddptrain.optim.loss_scale import GROWTH_INTERVAL, LARGEST, SMALLEST, LossScale
 
 CPU = torch.device("cpu")
 GOOD, BAD = torch.tensor(False), torch.tensor(True)
@@ -45,12 +45,12 @@ def test_an_overflow_just_before_starts_the_count_again() -> None:
     assert scale.value == 256.0
 
 
-def test_at_a_scale_of_one_the_numbers_themselves_are_at_fault() -> None:
-    scale = scale_at(2.0)
+def test_at_the_smallest_scale_the_numbers_themselves_are_at_fault() -> None:
+    scale = scale_at(2 * SMALLEST)
     assert not scale.update(BAD)
-    assert scale.value == 1.0
+    assert scale.value == SMALLEST
     assert scale.update(BAD)
-    assert scale.value == 1.0
+    assert scale.value == SMALLEST
     assert not scale.update(GOOD)
 
 
@@ -73,12 +73,12 @@ def test_it_is_always_a_power_of_two_within_its_bounds(
     for is_bad in bad:
         before = scale.value.item()
         fault = scale.update(torch.tensor(is_bad))
-        assert fault.item() == (is_bad and before == 1.0)
-        assert 1.0 <= scale.value.item() <= LARGEST
+        assert fault.item() == (is_bad and before == SMALLEST)
+        assert SMALLEST <= scale.value.item() <= LARGEST
         assert math.log2(scale.value.item()).is_integer()
         assert 0 <= scale.finite_steps.item() < GROWTH_INTERVAL
         if is_bad:
-            assert scale.value.item() == max(1.0, before / 2)
+            assert scale.value.item() == max(SMALLEST, before / 2)
 
 
 @pytest.mark.parametrize("bad", [GOOD, BAD])

@@ -64,6 +64,10 @@ def test_buckets_small_and_large_are_summed(by_ranks: dict[int, Found], ranks: i
     assert by_ranks[ranks]["reduced"] == {"1": True, "1000": True, "1000000": True}
 
 
+def test_sums_in_a_ring_do_not_depend_on_where_a_run_began(by_ranks: dict[int, Found]) -> None:
+    assert by_ranks[3]["resumes"]
+
+
 def test_clipping_binds(by_ranks: dict[int, Found]) -> None:
     free, clipped = (by_ranks[2]["gradients"][f"1/{clip}/False"] for clip in ("None", "0.05"))
     assert free != clipped

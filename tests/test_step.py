@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddptrain.build import build_trainer
 from ddptrain.compose import compose
+from ddptrain.errors import NonFiniteError
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
@@ -100,9 +101,12 @@ def test_fp16_overflow_lowers_the_scale_and_spares_the_weights(build: Build) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "torch.optim.RMSprop"])
-def test_fault_leaves_the_weights_of_the_step_before_it(build: Build, optimizer: str) -> None:
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_fault_leaves_the_state_of_the_step_before_it(
+    build: Build, optimizer: str, batch_norm: bool
+) -> None:
     """Also with an optimiser without a fused kernel, and however late the fault is noticed."""
-    own = ["~optim.betas", f"optim._target_={optimizer}"]
+    own = ["~optim.betas", f"optim._target_={optimizer}", f"model.batch_norm={batch_norm}"]
     clean, faulty = build(*own), build(*own, "data.train.infinite_at=17")
     epoch = clean.fetcher.source.plan
     bad = next(
@@ -112,7 +116,22 @@ def test_fault_leaves_the_weights_of_the_step_before_it(build: Build, optimizer:
         if 17 in epoch.indices(batch)
     )
     assert torch.equal(take_steps(faulty, 12), take_steps(clean, bad))
+    for name, buffer in clean.task.named_buffers():
+        assert torch.equal(faulty.task.get_buffer(name), buffer), name
     assert faulty.step.first_fault(12) == bad
+    faulty.done = 12
+    with pytest.raises(NonFiniteError, match="samples 17;"):
+        faulty.stop_if_not_finite()
+
+
+def test_momentum_is_zero_after_a_first_step_that_is_skipped(build: Build) -> None:
+    trainer = build("train.precision=fp16", "optim=sgd", "optim.momentum=0.9")
+    assert trainer.step.loss_scale is not None
+    trainer.step.loss_scale.value.fill_(2.0**24)
+    take_steps(trainer, 1)
+    buffers = [state["momentum_buffer"] for state in trainer.step.optimizer.state.values()]
+    assert buffers
+    assert not any(buffer.any() for buffer in buffers)
 
 
 def test_compile_changes_no_name_and_hardly_a_number(build: Build) -> None:

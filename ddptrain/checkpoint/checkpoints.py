@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ddptrain.checkpoint.retention import Entry, Retention
 from ddptrain.checkpoint.store import Store, Writer
 from ddptrain.errors import CheckpointError
-from ddptrain.state import load_model, load_optimizer, model_tensors, optimizer_tensors
+from ddptrain.state import load_model, load_optimizer, model_tensors, optimizer_tensors, unshared
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -55,11 +55,11 @@ class Checkpoints:
             **self.facts,
         }
         self.store.write(step, writers, manifest)
-        # A later one is of an attempt that could not be restored, or this step would not come.
-        kept = self.retention.keep(e for e in self._entries() if e.step <= step)
-        for other in self.store.steps():
-            if other not in kept:
-                self.store.delete(other)
+        # One that cannot be read now is not deleted: its disk may be back tomorrow. Nor is a later
+        # one: it was passed over when this attempt began, and is written again when its step comes.
+        entries = [e for e in self._entries() if e.step <= step]
+        for other in {e.step for e in entries} - self.retention.keep(entries) - {step}:
+            self.store.delete(other)
 
     def is_among_best(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether a checkpoint with these metrics would be kept as one of the best."""
@@ -121,7 +121,7 @@ class Checkpoints:
 
 
 def _writer(tensors: dict[str, Tensor]) -> Writer:
-    return lambda file: save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+    return lambda file: save_file(unshared(tensors), file)
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -78,7 +78,8 @@ class Store:
             write(temporary / name)
             flush(temporary / name)
             files[name] = _describe(temporary / name)
-        content = {"step": step, "files": files, **manifest}
+        # As it will be read: JSON makes strings of integer keys, and lists of tuples.
+        content = json.loads(json.dumps({"step": step, "files": files, **manifest}))
         content["checksum"] = _checksum(content)
         replace_text(temporary / MANIFEST, json.dumps(content, indent=1))
         flush(temporary)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate, default_convert
 
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import DataError
+from ddptrain.generators import key_generators
 from ddptrain.keys import derive
 
 
@@ -53,42 +53,28 @@ class Source:
             return self.dataset[torch.tensor(indices)]
         if not self.fetches_many:
             return self._collate([self._sample(i, micro_batch.epoch) for i in indices], indices)
-        self._key_generators(micro_batch.epoch, indices[0])
+        self._key(micro_batch.epoch, indices[0])
         try:
             fetched = self.dataset.__getitems__(indices)
         except Exception as error:
             raise self._failure(f"samples {indices}", error) from error
         if not isinstance(fetched, list):
-            return fetched
+            return default_convert(fetched)  # type: ignore[no-untyped-call]
         if len(fetched) != len(indices):
             raise DataError(
                 f"{self.label}: {len(fetched)} samples came of {len(indices)} asked for"
             )
         return self._collate(fetched, indices)
 
-    def digest(self) -> dict[str, Any]:
-        """Tell this data from other data: its length, and a hash of 16 samples spread over it."""
-        count = self.plan.samples
-        spread = sorted({count * i // 16 for i in range(16)})
-        digest = sha256()
-        batch = self.of_indices(spread, MicroBatch(0, 0, 0, 0, len(spread)))
-        for tensor in tensors_in(batch):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return {"samples": count, "sha256": digest.hexdigest()}
-
     def _sample(self, index: int, epoch: int) -> Any:
-        self._key_generators(epoch, index)
+        self._key(epoch, index)
         try:
             return self.dataset[index]
         except Exception as error:
             raise self._failure(f"sample {index}", error) from error
 
-    def _key_generators(self, epoch: int, index: int) -> None:
-        key = derive(self.plan.seed, f"sample/{self.name}", epoch, index)
-        random.seed(key)
-        np.random.seed(key & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(key)
+    def _key(self, epoch: int, index: int) -> None:
+        key_generators(derive(self.plan.seed, f"sample/{self.name}", epoch, index))
 
     def _collate(self, samples: Sequence[Any], indices: list[int]) -> Any:
         try:
@@ -159,6 +145,24 @@ class Fetcher:
         )
         watched = _Watched(loader, self.source.label)
         return _Moved(watched, self.device) if on_gpu else watched
+
+    def digest(self) -> dict[str, Any]:
+        """Tell this data from other data: its length, and a hash of 16 samples spread over it.
+
+        By the same road as batches: where workers open the files, this process must not.
+        """
+        count = self.source.plan.samples
+        whole = replace(self.source, plan=Plan(count, count, 1, shuffled=False))
+        digest = sha256()
+        # One by one: samples that no micro-batch holds together need not have one shape.
+        starts = sorted({count * i // 16 for i in range(16)})
+        micro_batches = [MicroBatch(0, start, 0, start, start + 1) for start in starts]
+        for batch in Fetcher(whole, self.device, self.workers).fetch(micro_batches):
+            for tensor in tensors_in(batch):
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                flat = tensor.cpu().contiguous().view(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return {"samples": count, "sha256": digest.hexdigest()}
 
     def steps(self, first: int, last: int, rank: int, world_size: int) -> Iterator[Any]:
         """The batches that ``rank`` trains on in the steps ``first`` to ``last - 1``."""

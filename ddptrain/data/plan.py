@@ -67,6 +67,10 @@ class Plan:
         epochs, steps = divmod(step, self.steps_per_epoch)
         return epochs * self.samples + min(steps * self.global_batch_size, self.samples)
 
+    def forward_key(self, batch: MicroBatch) -> int:
+        """What the forward of a micro-batch draws its random numbers from."""
+        return derive(self.seed, "forward", batch.step, batch.index)
+
     def indices(self, batch: MicroBatch) -> npt.NDArray[np.int64]:
         """The data set's indices of a micro-batch, int64, shape (len(batch),)."""
         if not self.shuffled:

@@ -18,7 +18,7 @@ from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
-from ddptrain.state import model_tensors
+from ddptrain.state import model_tensors, unshared
 from ddptrain.tasks.language_model import LanguageModel
 from ddptrain.tasks.task import Task
 
@@ -49,8 +49,7 @@ def export(run: RunDirectory, config: Config, which: str, output: Path | None) -
     """Write parameters and buffers of a checkpoint to one file, and print its name."""
     file = output or run.export
     task, step = load(run, config, which, Ranks(Place(), choose_device("cpu", Place()), TIMEOUT))
-    tensors = {name: tensor.contiguous() for name, tensor in model_tensors(task).items()}
-    save_file(tensors, file, metadata={"format": "pt", "step": str(step)})
+    save_file(unshared(model_tensors(task)), file, metadata={"format": "pt", "step": str(step)})
     print(file)
     return EXIT_COMPLETED
 

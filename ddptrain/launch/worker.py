@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from ddptrain.build import build_trainer
 from ddptrain.config import Config, Resume
-from ddptrain.errors import EXIT_COMPLETED, NonFiniteError, Refused
+from ddptrain.errors import EXIT_COMPLETED, NonFiniteError
+from ddptrain.files import lock
 from ddptrain.loop import Trainer
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases
@@ -18,9 +20,11 @@ from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.resilience.failure import exit_with, leave_now
-from ddptrain.run_directory import RunDirectory, changes, computed, open_directory
+from ddptrain.run_directory import RunDirectory, computed, open_directory
 from ddptrain.state import fingerprint
+from ddptrain.tasks.task import Task
 
+logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=30)
 RUN_KEY = "ddptrain/run.dir"
 
@@ -39,7 +43,8 @@ def run_rank(
     trainer: Trainer | None = None
     try:
         ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
-        _agree_on_config(config, ranks)
+        remedy = "start all ranks with the same arguments"
+        ranks.agree(computed(config), "was started with another config than", remedy)
         run = _agree_on_directory(config, ranks, overrides)
         open_log(run.logs, place)
         phases.mark("joining")
@@ -67,9 +72,18 @@ def _train(trainer: Trainer, run: RunDirectory, began: float) -> None:
     if trainer.ranks.is_first:
         result = _result(trainer, "completed", began)
         write_result(run, result)
-        trainer.task.eval()
-        print(summarise(run, result, trainer.task.example()), flush=True)
+        print(summarise(run, result, _example(trainer.task)), flush=True)
     trainer.ranks.barrier()
+
+
+def _example(task: Task) -> str | None:
+    """What the model does, to show; it is none of the run, so its errors are not the run's."""
+    task.eval()
+    try:
+        return task.example()
+    except Exception:
+        logger.exception("%s.example() failed", type(task).__name__)
+        return None
 
 
 def _result(trainer: Trainer, status: str, began: float) -> dict[str, Any]:
@@ -89,17 +103,6 @@ def _result(trainer: Trainer, status: str, began: float) -> dict[str, Any]:
     }
 
 
-def _agree_on_config(config: Config, ranks: Ranks) -> None:
-    """Refuse ranks that were started with different configs, naming the first difference."""
-    mine = computed(config)
-    for rank, other in enumerate(ranks.gather(mine)):
-        if different := changes(mine, other):
-            raise Refused(
-                f"rank {rank} was started with another config than rank {ranks.rank}: "
-                f"{'; '.join(different)}; start all ranks with the same arguments"
-            )
-
-
 def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> RunDirectory:
     """Let rank 0 create or open the run's directory; after a restart it is the same one.
 
@@ -111,7 +114,9 @@ def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> R
         if store is not None and store.check([RUN_KEY]):
             config.run.dir = store.get(RUN_KEY).decode()
             config.run.resume = Resume.auto
-        path = str(open_directory(config, overrides).path)
+        run = open_directory(config, overrides)
+        lock(run.path)
+        path = str(run.path)
         if store is not None:
             store.set(RUN_KEY, path)
     return RunDirectory(Path(ranks.from_first(path)))

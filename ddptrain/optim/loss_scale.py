@@ -7,6 +7,7 @@ from torch import Tensor
 
 GROWTH_INTERVAL = 1000
 LARGEST = 2.0**24
+SMALLEST = 2.0**-24
 
 
 class LossScale:
@@ -23,12 +24,13 @@ class LossScale:
     def update(self, bad: Tensor) -> Tensor:
         """Adapt to a step that was ``bad`` (non-finite); return whether that was no overflow.
 
-        At a scale of 1 there is nothing left to lower: the numbers themselves are at fault.
+        A loss is a sum over a micro-batch, which a scale far below 1 may be right for. At the
+        smallest there is nothing left to lower: the numbers themselves are at fault.
         """
-        fault = bad & (self.value <= 1)
+        fault = bad & (self.value <= SMALLEST)
         self.finite_steps = torch.where(bad, 0.0, self.finite_steps + 1)
         grow = self.finite_steps >= GROWTH_INTERVAL
         self.finite_steps = torch.where(grow, 0.0, self.finite_steps)
         factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
-        self.value = (self.value * factor).clamp(1.0, LARGEST)
+        self.value = (self.value * factor).clamp(SMALLEST, LARGEST)
         return fault

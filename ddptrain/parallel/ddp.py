@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from re import search
 from typing import Protocol
 
 import torch.distributed as dist
@@ -21,6 +22,9 @@ class Strategy(Protocol):
 
     def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """A context in which backward adds to the local gradients only."""
+
+    def unreduced(self, wrapped: nn.Module) -> list[int]:
+        """Which parameters the last backward did not reduce, by their place among those trained."""
 
     def synchronise_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers, before an evaluation or a save."""
@@ -51,6 +55,18 @@ class DataParallel:
         if isinstance(wrapped, DistributedDataParallel):
             return wrapped.no_sync()
         return nullcontext()
+
+    def unreduced(self, wrapped: nn.Module) -> list[int]:
+        if not isinstance(wrapped, DistributedDataParallel):
+            return []
+        try:
+            wrapped._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            named = search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            if named is None:
+                raise
+            return [int(index) for index in named[1].split()]
+        return []
 
     def synchronise_buffers(self, module: nn.Module) -> None:
         if self.ranks.world_size > 1:

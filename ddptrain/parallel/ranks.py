@@ -76,6 +76,18 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def agree(self, mine: dict[str, Any], differs: str, remedy: str) -> None:
+        """Raise ``Refused`` if a rank has other entries: "rank 1 <differs> rank 0: …; <remedy>"."""
+        for rank, other in enumerate(self.gather(mine)):
+            if different := [
+                f"{key}: {mine.get(key, 'not set')} here, {other.get(key, 'not set')} there"
+                for key in sorted(mine.keys() | other.keys())
+                if mine.get(key) != other.get(key)
+            ]:
+                raise Refused(
+                    f"rank {rank} {differs} rank {self.rank}: {'; '.join(different)}; {remedy}"
+                )
+
     def from_first(self, value: T | None) -> T:
         """Return rank 0's value on every rank; the others' is ignored."""
         box = [value]

@@ -14,7 +14,8 @@ from pathlib import Path
 from ddptrain.errors import EXIT_FAILED, PeerFailed, TrainingError
 from ddptrain.place import Place
 
-COLLECTIVE_CODE = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/")
+COLLECTIVE_CODE = ("torch/distributed/", "torch/nn/parallel/")
+BACKWARD_CODE = "torch/autograd/graph.py"
 PEER_SECONDS = 3.0
 """How long a rank whose collective failed waits to be stopped, or to hear of the real cause."""
 
@@ -27,6 +28,7 @@ def exit_with(error: BaseException, place: Place, context: str, on_screen: bool)
     A rank whose collective broke is rarely the cause: it waits for the agent to stop it, so that
     the rank with the real error is the one that is shown.
     """
+    logger.debug("%s%s", _traceback(error), place.name)
     if place.world_size > 1 and _in_collective(error):
         time.sleep(PEER_SECONDS)
         error = PeerFailed(
@@ -35,7 +37,7 @@ def exit_with(error: BaseException, place: Place, context: str, on_screen: bool)
         )
     line = f"{place.name}: {context}{_summary(error)}"
     details = "" if isinstance(error, TrainingError) else _traceback(error)
-    logger.debug("%s%s", _traceback(error), line)
+    logger.debug("%s", line)
     tell_agent(f"{details}{line}")
     if on_screen:
         print(f"{details}{line}", file=sys.stderr, flush=True)
@@ -73,9 +75,14 @@ def _traceback(error: BaseException) -> str:
 
 
 def _in_collective(error: BaseException) -> bool:
-    """Whether the innermost Python code was torch's, at a place where ranks talk."""
+    """Whether the innermost Python code was torch's, at a place where ranks talk.
+
+    They also talk within backward, where a model has errors of its own: there the message tells.
+    """
     if isinstance(error, TrainingError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     innermost = frames[-1].filename.replace("\\", "/") if frames else ""
+    if BACKWARD_CODE in innermost:
+        return any(backend in str(error).lower() for backend in ("gloo", "nccl"))
     return any(part in innermost for part in COLLECTIVE_CODE)

@@ -9,6 +9,7 @@ import torch
 from ddptrain.account import Accounted
 from ddptrain.data.fetch import Source, to_device
 from ddptrain.data.plan import MicroBatch
+from ddptrain.generators import key_generators
 from ddptrain.parallel.ranks import Ranks
 
 
@@ -29,14 +30,21 @@ def explain(step: int, module: Accounted, source: Source, ranks: Ranks) -> str:
     """Repeat the forward and backward of ``step`` without its update; every rank must call it.
 
     The weights must be those before the step. Sample by sample where a micro-batch is at fault.
+    Buffers are left as they were.
     """
+    before = [buffer.clone() for buffer in module.buffers()]
     mine: list[Culprit] = []
     for micro_batch in source.plan.micro_batches(step, ranks.rank, ranks.world_size):
         indices = source.plan.indices(micro_batch).tolist()
         if (what := _fault(indices, micro_batch, module, source, ranks)) is None:
             continue
-        single = [i for i in indices if _fault([i], micro_batch, module, source, ranks)]
+        try:
+            single = [i for i in indices if _fault([i], micro_batch, module, source, ranks)]
+        except Exception:  # a model need not take one sample alone: BatchNorm does not
+            single = []
         mine.append(Culprit(ranks.rank, what, single or indices))
+    for buffer, old in zip(module.buffers(), before, strict=True):
+        buffer.copy_(old)
     found = [str(culprit) for of_rank in ranks.gather(mine) for culprit in of_rank]
     where = f"step {step} of data.{source.name} ({type(source.dataset).__name__})"
     if not found:
@@ -48,6 +56,7 @@ def _fault(
     indices: list[int], micro_batch: MicroBatch, module: Accounted, source: Source, ranks: Ranks
 ) -> str | None:
     batch = to_device(source.of_indices(indices, micro_batch), ranks.device)
+    key_generators(source.plan.forward_key(micro_batch), ranks.device)
     total = module(batch)
     total.backward()
     finite = all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters())

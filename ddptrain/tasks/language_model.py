@@ -33,15 +33,14 @@ class LanguageModel(Task):
         return Loss(total, targets.numel())
 
     def metrics(self) -> dict[str, Metric]:
-        from torchmetrics import MeanMetric
+        from ddptrain.tasks.mean import Mean
 
-        return super().metrics() | {"bits_per_byte": MeanMetric().set_dtype(torch.float64)}
+        return super().metrics() | {"bits_per_byte": Mean()}
 
     def update(self, metrics: dict[str, Metric], batch: Tensor) -> None:
         loss = self(batch)
         self.update_loss(metrics, loss)
-        bits = loss.sum.double() / (loss.count * math.log(2))
-        metrics["bits_per_byte"].update(bits, weight=loss.count)
+        metrics["bits_per_byte"].update(loss.sum / math.log(2), loss.count)
 
     def example(self) -> str:
         return self.continue_text("def ")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ class Task(nn.Module):
 
     def metrics(self) -> dict[str, Metric]:
         """Return fresh torchmetrics by name, for one evaluation."""
-        from torchmetrics import MeanMetric
+        from ddptrain.tasks.mean import Mean
 
-        return {"loss": MeanMetric().set_dtype(torch.float64)}
+        return {"loss": Mean()}
 
     def update(self, metrics: dict[str, Metric], batch: Batch) -> None:
         """Add one micro-batch to the metrics; called in eval mode, without gradients."""
@@ -50,7 +49,7 @@ class Task(nn.Module):
 
     def update_loss(self, metrics: dict[str, Metric], loss: Loss) -> None:
         """Add a micro-batch's loss to ``metrics["loss"]``, weighted by its count."""
-        metrics["loss"].update(loss.sum.double() / loss.count, weight=loss.count)
+        metrics["loss"].update(loss.sum, loss.count)
 
     def example(self) -> str | None:
         """Return a piece of what the model does, to show at the end of a run, or None."""

@@ -31,10 +31,15 @@ class Sentences(Dataset[dict[str, Tensor]]):
         fail_at: int | None = None,
         odd_at: int | None = None,
         infinite_at: int | None = None,
+        uneven: bool = False,
     ) -> None:
+        samples += int(os.environ.get("RANK", "0")) if uneven else 0
         generator = torch.Generator().manual_seed(samples)
         self.tokens = torch.randn(samples, LENGTH, generator=generator)
         self.lengths = torch.randint(1, LENGTH + 1, (samples,), generator=generator)
+        if noisy:
+            self.tokens = self.tokens[np.random.permutation(samples)]
+            self.lengths = self.lengths[torch.randperm(samples)]
         self.noisy = noisy
         self.fail_at = fail_at
         self.odd_at = odd_at
@@ -59,18 +64,37 @@ class Sentences(Dataset[dict[str, Tensor]]):
 
 
 class Network(nn.Module):
-    """A window over neighbouring tokens, with dropout; ``extra`` adds a layer that is not used."""
+    """A window over neighbouring tokens, with dropout, which also draws from Python and numpy.
 
-    def __init__(self, width: int = 8, dropout: float = 0.2, extra: bool = False) -> None:
+    ``extra`` adds a layer that is not used, ``fickle`` one that every other forward uses.
+    """
+
+    def __init__(
+        self,
+        width: int = 8,
+        dropout: float = 0.2,
+        extra: bool = False,
+        fickle: bool = False,
+        batch_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.first = nn.Conv1d(1, width, 3, padding=1)
         self.second = nn.Conv1d(width, 2, 3, padding=1)
         self.dropout = dropout
+        self.norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+        self.fickle = nn.Linear(LENGTH, LENGTH) if fickle else None
+        self.forwards = 0
         if extra:
             self.forgotten = nn.Linear(3, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        self.forwards += 1
         hidden = functional.gelu(self.first(tokens.unsqueeze(1).to(self.first.weight.dtype)))
+        hidden = self.norm(hidden)
+        if self.fickle is not None and self.forwards % 2:
+            hidden = self.fickle(hidden)
+        if self.training and self.dropout:
+            hidden = hidden * (1 + 0.1 * random.random() + 0.1 * float(np.random.random()))
         out: Tensor = self.second(functional.dropout(hidden, self.dropout, self.training))
         return out
 
@@ -90,6 +114,7 @@ class Tagging(Task):
         kill_at: int | None = None,
         once: str | None = None,
         double: bool = False,
+        in_place: bool = False,
     ) -> None:
         super().__init__()
         self.model = model.double() if double else model
@@ -97,6 +122,7 @@ class Tagging(Task):
         self.raise_at = raise_at
         self.kill_at = kill_at
         self.once = once
+        self.in_place = in_place
         self.forwards = 0
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
@@ -108,6 +134,10 @@ class Tagging(Task):
         target = batch["target"]
         logits = self.model(batch["tokens"])
         total = functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        if self.in_place:
+            exponential = logits.exp()
+            total = total + exponential.sum()
+            exponential += 1  # which backward still needs
         kept = target >= 0
         right = ((logits.argmax(1) == target) & kept).sum()
         return Loss(total, kept.sum(), {"accuracy": (right, kept.sum())})
