@@ -37,12 +37,13 @@ from torchmetrics.wrappers import MinMaxMetric
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
-from ddptrain.evaluate import Evaluation, _merge, _state
+from ddptrain.evaluate import Evaluation, _in_eval_mode, _merge, _state
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.tasks import Classification, Loss, Task
+from ddptrain.tasks.mean import Mean
 
 CPU = torch.device("cpu")
 CLASSES = 4
@@ -326,3 +327,20 @@ def test_micro_batches_of_an_evaluation_have_no_random_order() -> None:
     made = evaluation(Inspecting())
     plan = made.fetcher.source.plan
     assert plan.indices(MicroBatch(0, 0, 0, 0, 21)).tolist() == list(range(21))
+
+
+def test_a_loss_that_is_not_a_number_is_not_left_out() -> None:
+    mean = Mean()
+    mean.update(torch.tensor(2.0), 2)
+    mean.update(torch.tensor(float("nan")), 1)
+    assert mean.compute().isnan()
+
+
+def test_modules_that_a_user_has_frozen_stay_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Linear(3, CLASSES), nn.Dropout(0.5), nn.BatchNorm1d(CLASSES))
+    task = Classification(model, CLASSES)
+    model[2].eval()
+    with _in_eval_mode(task):
+        assert not any(module.training for module in task.modules())
+    assert [module.training for module in model] == [True, True, False]
+    assert task.training

@@ -378,3 +378,17 @@ def test_a_digest_reads_sixteen_samples_at_most() -> None:
 def test_a_micro_batch_of_one_is_a_batch() -> None:
     made = source(InMemory())
     assert made.of_indices([3], MicroBatch(0, 0, 0, 0, 1))[0].shape == (1, 2)
+
+
+class Arrays(Numbers):
+    """Gives whole micro-batches as numpy arrays."""
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return {"x": np.array(indices), "names": [str(i) for i in indices]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_receives_tensors_with_workers_and_without(workers: int) -> None:
+    (batch,) = Fetcher(source(Arrays(), micro=SAMPLES), CPU, workers).steps(0, 1, 0, 1)
+    assert isinstance(batch["x"], Tensor)
+    assert batch["names"] == [str(int(i)) for i in batch["x"]]

@@ -164,3 +164,18 @@ def test_resume_at_step_a_million_reads_no_sample_that_is_skipped(
     samples_of_two_steps = after.fetcher.source.plan.samples_before(2)
     digest = 16
     assert len(fetched) <= samples_of_two_steps + digest
+
+
+def test_a_directory_that_another_run_is_writing_to_is_refused(tmp_path: Path) -> None:
+    endless = [*DDPTRAIN, "experiment=ragged", "train.max_steps=1000000", f"run.dir={tmp_path}"]
+    first = start(endless)
+    try:
+        while lines_of(tmp_path / "metrics.jsonl") == 0:
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.01)
+        second = run(endless, PROJECT)
+        assert second.returncode == 2
+        assert f"in use by process {first.pid} on " in second.stderr
+    finally:
+        kill_tree(first.pid)
+        first.communicate()

@@ -426,3 +426,54 @@ def test_the_manifest_is_readable_by_people_and_other_programs(tmp_path: Path) -
     content = json.loads((kept.store.folder(3) / MANIFEST).read_text())
     assert content["step"] == 3
     assert set(content["files"]) == {MODEL, OPTIMIZER}
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_deleted(tmp_path: Path) -> None:
+    """Its disk may be away for a moment only, and it may be the best."""
+    kept = checkpoints(tmp_path, keep_last=1)
+    save(kept, 10)
+    manifest = kept.store.folder(10) / MANIFEST
+    away = manifest.rename(manifest.with_name("away"))
+    manifest.mkdir()  # reading it is an OSError
+    save(kept, 20)
+    manifest.rmdir()
+    away.rename(manifest)
+    assert kept.store.steps() == [10, 20]
+    kept.store.verify(10)
+
+
+def test_a_config_with_keys_that_json_changes_is_kept_whole(tmp_path: Path) -> None:
+    """YAML has integer keys and JSON has not, and their order differs: 2 < 10 but "10" < "2"."""
+    names = {"names": {2: "cat", 10: "dog"}, "range": (0, 1)}
+    kept = Checkpoints(Store(tmp_path), Retention(1), "val/accuracy", {"config": names})
+    save(kept, 5)
+    assert kept.store.verify(5)["config"] == {"names": {"2": "cat", "10": "dog"}, "range": [0, 1]}
+
+
+def test_tied_weights_are_saved_and_stay_tied(tmp_path: Path) -> None:
+    def tied() -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+        model = nn.ModuleDict({"tokens": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+        model["head"].weight = model["tokens"].weight
+        return model, torch.optim.AdamW(model.parameters())
+
+    kept = checkpoints(tmp_path)
+    model, optimizer = tied()
+    kept.save(1, model, optimizer, {}, {})
+    other, its_optimizer = tied()
+    kept.restore(1, kept.store.verify(1), other, its_optimizer)
+    assert torch.equal(other["head"].weight, model["tokens"].weight)
+    assert other["head"].weight is other["tokens"].weight
+
+
+def test_what_an_optimiser_counts_in_its_groups_is_restored_but_not_the_rate(
+    tmp_path: Path,
+) -> None:
+    kept, trained, other = checkpoints(tmp_path), Trained(), Trained()
+    group = trained.optimizer.param_groups[0]
+    group |= {"calls": 7, "distance": torch.tensor(0.5), "lr": 0.01}
+    save(kept, 3, trained)
+    kept.restore(3, kept.store.verify(3), other.model, other.optimizer)
+    (restored,) = other.optimizer.param_groups
+    assert restored["calls"] == 7
+    assert restored["distance"] == 0.5
+    assert restored["lr"] == 0.1

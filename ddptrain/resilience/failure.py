@@ -28,7 +28,7 @@ def exit_with(error: BaseException, place: Place, context: str, on_screen: bool)
     A rank whose collective broke is rarely the cause: it waits for the agent to stop it, so that
     the rank with the real error is the one that is shown.
     """
-    logger.debug("%s%s", _traceback(error), place.name)
+    logger.debug("failed:\n%s", _traceback(error))  # now: the agent may end this rank any moment
     if place.world_size > 1 and _in_collective(error):
         time.sleep(PEER_SECONDS)
         error = PeerFailed(
@@ -37,7 +37,7 @@ def exit_with(error: BaseException, place: Place, context: str, on_screen: bool)
         )
     line = f"{place.name}: {context}{_summary(error)}"
     details = "" if isinstance(error, TrainingError) else _traceback(error)
-    logger.debug("%s", line)
+    logger.debug("reported:\n%s", line)
     tell_agent(f"{details}{line}")
     if on_screen:
         print(f"{details}{line}", file=sys.stderr, flush=True)
