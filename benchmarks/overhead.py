@@ -11,6 +11,7 @@ median.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -95,14 +96,18 @@ class Contest:
         self._signal(signal.SIGCONT)
         os.kill(self.ranks[0], signal.SIGUSR2)
         told = self._wait_for("report")
-        for process in (self.agent.pid, *self.ranks):
-            os.kill(process, signal.SIGKILL)
-        self.agent.wait()
         whole = {
             "peak_mb": told["peak_mb"],
             "start_s": told["first_step_done"] - self.began,
         }
         return [whole | {"ms": _ms_per_step(told["forwards"], *part)} for part in self.slices]
+
+    def end(self) -> None:
+        """End its processes, paused or not."""
+        for process in (self.agent.pid, *self.ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.agent.wait()
 
     def _signal(self, number: signal.Signals) -> None:
         for rank in self.ranks:
@@ -129,13 +134,19 @@ def _ms_per_step(forwards: list[float], begin: float, end: float) -> float:
 def measure(case: str, contenders: list[str], slices: int) -> dict[str, list[Measures]]:
     """Train ``case`` with all contenders in turn, a slice of time each, ``slices`` times."""
     with tempfile.TemporaryDirectory() as folder:
-        contests = {name: Contest(name, case, Path(folder) / name) for name in contenders}
-        for turn in range(slices):
-            # Another one begins each time: none always runs after the same one.
-            first = turn % len(contenders)
-            for name in contenders[first:] + contenders[:first]:
-                contests[name].run(SLICE_SECONDS)
-        return {name: contest.finish() for name, contest in contests.items()}
+        contests: dict[str, Contest] = {}
+        try:
+            for name in contenders:
+                contests[name] = Contest(name, case, Path(folder) / name)
+            for turn in range(slices):
+                # Another one begins each time: none always runs after the same one.
+                first = turn % len(contenders)
+                for name in contenders[first:] + contenders[:first]:
+                    contests[name].run(SLICE_SECONDS)
+            return {name: contest.finish() for name, contest in contests.items()}
+        finally:
+            for contest in contests.values():
+                contest.end()
 
 
 def table(results: Results, contenders: list[str]) -> str:

@@ -167,7 +167,7 @@ def _build(key: str, build: Callable[..., Any], node: Any, *arguments: Any, **mo
     """Build what a config node describes, or say in one line which key failed and why."""
     try:
         return build(node, *arguments, **more)
-    except InstantiationException as error:
+    except (InstantiationException, ImportError, AttributeError) as error:
         cause = error.__cause__ or error
         name = node.get("_target_") if isinstance(node, dict) else node
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

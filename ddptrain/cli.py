@@ -12,7 +12,7 @@ import yaml
 
 from ddptrain.compose import compose, flatten, make_importable, options, to_plain, validate
 from ddptrain.config import Config, Resume, check_world_size
-from ddptrain.errors import EXIT_COMPLETED, TrainingError
+from ddptrain.errors import EXIT_COMPLETED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.place import Place
 from ddptrain.resilience.failure import tell_agent
@@ -91,7 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_under_torchrun(command: str) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise Refused(
+            f"`{command}` starts ranks itself, but torchrun has started this one: "
+            "torchrun … -m ddptrain KEY=VALUE … trains without it"
+        )
+
+
 def _train(parsed: argparse.Namespace) -> int:
+    _refuse_under_torchrun("train")
     if parsed.multirun:
         from ddptrain.launch.sweep import sweep
 
@@ -147,12 +156,15 @@ def _config(parsed: argparse.Namespace) -> int:
 
 
 def _rerun(parsed: argparse.Namespace) -> int:
+    _refuse_under_torchrun("rerun")
     run = RunDirectory(parsed.run.absolute())
     config, provenance = run.load(), run.provenance()
     now = origin()
     then = {key: provenance.get(key, {}) for key in now}
     different = changes(flatten(then), flatten(now))
     print(f"repeating {run.path}")
+    if now["git_commit"] is None:
+        different.append("the folder is in no git repository: what differs in code cannot be told")
     for change in different or ["the code and versions are the same"]:
         print(f"  {change}")
     config.run.dir = None

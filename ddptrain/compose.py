@@ -75,6 +75,11 @@ def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
         line = cast("str", override.input_line)
         if override.is_sweep_override() and not sweep:
             raise Refused(f"{line}: several values are a sweep; use `ddptrain train --multirun`")
+        if re.match(r"\+*hydra[./]", line):
+            if not sweep:
+                raise Refused(f"{line}: Hydra's own settings are for `ddptrain train --multirun`")
+            arguments.append(line)
+            continue
         is_group = any((tree / override.key_or_group).is_dir() for tree in trees)
         if is_group and not _chooses(override):
             continue
@@ -85,6 +90,16 @@ def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
     if len(trees) > 1:
         arguments.append(f"hydra.searchpath=['file://{trees[1]}']")
     return arguments
+
+
+def whole_sections(overrides: list[str]) -> list[str]:
+    """The overrides that ``hydra_arguments`` leaves out, for Hydra cannot take them."""
+    return [
+        cast("str", override.input_line)
+        for override in parse(overrides)
+        if any((tree / override.key_or_group).is_dir() for tree in config_trees())
+        and not _chooses(override)
+    ]
 
 
 def _chooses(override: Override) -> bool:
@@ -98,10 +113,8 @@ def _chooses(override: Override) -> bool:
 
 def _set_whole_sections(composed: DictConfig, overrides: list[str]) -> None:
     """Set what Hydra would not: ``model=null`` leaves a group out, ``train=5`` is refused."""
-    for override in parse(overrides):
-        is_group = any((tree / override.key_or_group).is_dir() for tree in config_trees())
-        if is_group and not _chooses(override):
-            composed[override.key_or_group] = override.value()
+    for override in parse(whole_sections(overrides)):
+        composed[override.key_or_group] = override.value()
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:
@@ -111,7 +124,10 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
             OmegaConf.select(composed, key)
         except OmegaConfBaseException as error:
             raise Refused(f"{key}: {_first_line(error)}") from None
-    return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    try:
+        return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    except OmegaConfBaseException as error:
+        raise _refusal(error) from None
 
 
 def experiment_of(overrides: list[str]) -> str:
@@ -138,10 +154,11 @@ def validate(plain: dict[str, Any]) -> Config:
     """Turn a nested dict into a typed config. Raises ``Refused`` on the first key that is wrong."""
     _check_keys(plain, Config, "")
     for path in BUILT:
-        node = plain
+        node: Any = plain
         for part in path.split("."):
-            node = node.get(part) or {}
-        _check_built(path, node, plain)
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            _check_built(path, node, plain)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
         missing = sorted(OmegaConf.missing_keys(typed))
@@ -237,8 +254,6 @@ def _check_targets(node: object, path: str, supplied: set[str]) -> None:
 
 def _check_built(path: str, node: object, plain: dict[str, Any]) -> None:
     """Check what a section that describes an object says of it."""
-    if node == {}:
-        return
     if not isinstance(node, dict) or "_target_" not in node:
         got = "" if isinstance(node, dict) else f", got {node!r}"
         raise Refused(f"{path}: expected a section with _target_{got}; {path}._target_: not set")

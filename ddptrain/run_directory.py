@@ -6,6 +6,7 @@ import random
 import subprocess
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -167,13 +168,25 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def origin() -> dict[str, Any]:
-    """The code that is about to run: versions, and the git commit of the folder started from."""
+    """The code that is about to run: versions, and the git state of the folder started from."""
     status = _git("status", "--porcelain")
     return {
         "versions": versions(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": status.splitlines() if status else [],
+        "git_changes_sha256": _changes_digest(),
     }
+
+
+def _changes_digest() -> str | None:
+    """A hash of what the folder's code has that its commit has not; None outside of git."""
+    if (diff := _git("diff", "HEAD")) is None:
+        return None
+    digest = sha256(diff.encode())
+    for name in (_git("ls-files", "--others", "--exclude-standard") or "").splitlines():
+        if name.endswith((".py", ".yaml")) and (file := Path(name)).is_file():
+            digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

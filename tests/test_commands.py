@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from launching import DDPTRAIN, PROJECT, TORCHRUN, Finished, read_result, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+
+from ddptrain.run_directory import _create_new
 
 SHORT = ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6", "log.every_steps=3"]
 
@@ -25,7 +31,12 @@ def ended_well(finished: Finished) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(PROJECT, tmp_path_factory.mktemp("commands") / "project"))
+    folder = Path(shutil.copytree(PROJECT, tmp_path_factory.mktemp("commands") / "project"))
+    (folder / ".gitignore").write_text("runs\n__pycache__\n")
+    author = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    for git in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *git], cwd=folder, check=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +110,8 @@ def test_rerun_says_what_differs_in_the_data(trained: Path, project: Path) -> No
         finished = run([*DDPTRAIN, "rerun", str(trained)], project)
     finally:
         (project / "ragged.py").write_text(original)
-    ended_well(finished)
+    assert "git_changes_sha256" in ended_well(finished)
+    assert "the same" not in finished.stdout
     assert "the data differs from its original" in finished.stderr
     assert "data.train.sha256" in finished.stderr
 
@@ -107,15 +119,25 @@ def test_rerun_says_what_differs_in_the_data(trained: Path, project: Path) -> No
 def test_fifty_starts_at_once_make_fifty_directories(tmp_path: Path) -> None:
     program = (
         "from ddptrain.compose import compose; from ddptrain.run_directory import open_directory;"
-        "print(open_directory(compose(['experiment=digits']), []).path)"
+        "[print(open_directory(compose(['experiment=digits']), []).path) for _ in range(5)]"
     )
     with ThreadPoolExecutor(10) as pool:
         finished = list(
-            pool.map(lambda _: run([sys.executable, "-c", program], tmp_path), range(50))
+            pool.map(lambda _: run([sys.executable, "-c", program], tmp_path), range(10))
         )
-    paths = {ended_well(one).strip() for one in finished}
+    paths = {path for one in finished for path in ended_well(one).split()}
     assert len(paths) == 50
     assert {str(path) for path in (tmp_path / "runs" / "digits").iterdir()} == paths
+
+
+def test_no_two_runs_get_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = iter([*"same", *"same", *"else"] * 2)
+    monkeypatch.setattr(
+        random.SystemRandom, "choices", lambda *_, k: [next(letters) for _ in range(k)]
+    )
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    made = [_create_new(tmp_path).name for _ in range(2)]
+    assert made == ["20260101-000000-same", "20260101-000000-else"]
 
 
 def test_sweep_makes_a_run_of_each_trial_and_a_row_in_hparams(tmp_path: Path) -> None:
@@ -127,6 +149,26 @@ def test_sweep_makes_a_run_of_each_trial_and_a_row_in_hparams(tmp_path: Path) ->
     assert sorted(rates) == [0.01, 0.1]
     leftovers = {p.name for p in project.rglob("*") if p.name in (".hydra", "outputs", "multirun")}
     assert not leftovers
+
+
+def test_sweep_passes_on_what_leaves_a_section_out(tmp_path: Path) -> None:
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    without = ["data.val=null", "checkpoint.keep_best=0", "eval.every_steps=null", "model=null"]
+    sweep = ["--multirun", "task._target_=ragged.Alone", "optim.lr=0.1", *without]
+    run([*DDPTRAIN, "train", *SHORT, *sweep], project)
+    (made,) = (project / "runs" / "ragged").iterdir()
+    assert yaml.safe_load((made / "config.yaml").read_text())["model"] is None
+    assert read_result(made)["status"] == "completed"
+
+
+def test_sweep_with_an_impossible_value_is_refused_before_any_trial(tmp_path: Path) -> None:
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    sweep = ["--multirun", "train.micro_batch_size=2,-1", "optim.lr=0.1,0.2"]
+    finished = run([*DDPTRAIN, "train", *SHORT, *sweep], project)
+    assert finished.returncode == 2
+    assert "train.micro_batch_size" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (project / "runs").exists()
 
 
 def _hparams(run_dir: Path) -> dict[str, Any]:

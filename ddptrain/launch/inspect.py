@@ -68,7 +68,8 @@ def sample(run: RunDirectory, config: Config, which: str, prompt: str, length: i
 def load(run: RunDirectory, config: Config, which: str, ranks: Ranks) -> tuple[Task, int]:
     """Build a run's task and load a checkpoint of it: "latest", "best" or a step's number."""
     checkpoints = build_checkpoints(config, run)
-    step = _find(checkpoints, which, run)
+    # One choice for all ranks: the run may be saving at this moment.
+    step = ranks.from_first(_find(checkpoints, which, run) if ranks.is_first else None)
     task = build_task(config, ranks.device)
     checkpoints.restore(step, checkpoints.store.verify(step), task, None)
     return task, step

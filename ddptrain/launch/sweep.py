@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -10,8 +11,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ddptrain.compose import compose, config_trees, hydra_arguments
-from ddptrain.errors import EXIT_COMPLETED
+from ddptrain.compose import compose, config_trees, hydra_arguments, parse, whole_sections
+from ddptrain.errors import EXIT_COMPLETED, TrainingError
 from ddptrain.run_directory import open_directory
 
 
@@ -19,12 +20,20 @@ def sweep(overrides: list[str]) -> int:
     """Train once for every combination of the comma-separated values; return the exit code.
 
     Hydra itself writes only ``multirun.yaml``, under ``runs/sweeps/``; each trial has its run's
-    directory. A trial returns ``checkpoint.metric`` to the sweeper.
+    directory. A trial returns ``checkpoint.metric`` to the sweeper. One that fails does not keep
+    the others from training; it is told at the end.
     """
+    _check_values(overrides)
+    failed: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_trees()[0]), config_name="config")
     def trial(_: DictConfig) -> float:
-        return run_trial(list(HydraConfig.get().overrides.task))
+        chosen = [*HydraConfig.get().overrides.task, *whole_sections(overrides)]
+        try:
+            return run_trial(chosen)
+        except TrainingError as error:
+            failed.append(str(error))
+            return math.nan
 
     own = [
         "hydra.sweep.dir=runs/sweeps/${now:%Y%m%d-%H%M%S}",
@@ -36,17 +45,47 @@ def sweep(overrides: list[str]) -> int:
     ]
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
     trial()
+    if failed:
+        raise TrainingError(f"{len(failed)} trials failed: {'; '.join(failed)}")
     return EXIT_COMPLETED
+
+
+def _check_values(overrides: list[str]) -> None:
+    """Refuse a sweep with a value that no trial can have, before the first trial trains."""
+    first, others = [], []
+    for override in parse(overrides):
+        line = str(override.input_line)
+        if line.lstrip("+").startswith("hydra"):
+            continue
+        if not override.is_discrete_sweep():
+            if not override.is_sweep_override():
+                first.append([line])
+            continue
+        values = [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
+        first.append(values[:1])
+        others.append((len(first) - 1, values[1:]))
+    chosen = [line for lines in first for line in lines]
+    compose(chosen)
+    for place, values in others:
+        for value in values:
+            compose([*chosen[:place], value, *chosen[place + 1 :]])
 
 
 def run_trial(overrides: list[str]) -> float:
     """Train with these overrides in processes of their own; return ``checkpoint.metric``."""
     config = compose(overrides)
     run = open_directory(config, overrides)
-    print("\ntrial:", *(override.lstrip("+") for override in overrides), flush=True)
+    told = " ".join(override.lstrip("+") for override in overrides)
+    print(f"\ntrial: {told}", flush=True)
     command = [sys.executable, "-m", "ddptrain", "train", *overrides, f"run.dir={run.path}"]
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise RuntimeError(f"trial {' '.join(overrides)} exited {done.returncode}")
+        raise TrainingError(f"{told} exited {done.returncode}")
     metrics = json.loads(run.result.read_text())["metrics"]
-    return float(metrics.get(config.checkpoint.metric, "nan"))
+    if config.checkpoint.metric not in metrics:
+        raise TrainingError(
+            f"{told}: checkpoint.metric={config.checkpoint.metric} is none of "
+            f"{', '.join(metrics) or 'its metrics, of which it has none'}"
+        )
+    value = metrics[config.checkpoint.metric]
+    return math.nan if value is None else float(value)

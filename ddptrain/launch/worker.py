@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddptrain.build import build_trainer
+from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Resume
 from ddptrain.errors import EXIT_COMPLETED, NonFiniteError
 from ddptrain.files import lock
@@ -20,7 +21,7 @@ from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.resilience.failure import exit_with, leave_now
-from ddptrain.run_directory import RunDirectory, computed, open_directory
+from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.state import fingerprint
 from ddptrain.tasks.task import Task
 
@@ -44,7 +45,7 @@ def run_rank(
     try:
         ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
         remedy = "start all ranks with the same arguments"
-        ranks.agree(computed(config), "was started with another config than", remedy)
+        ranks.agree(_common(config), "was started with another config than", remedy)
         run = _agree_on_directory(config, ranks, overrides)
         open_log(run.logs, place)
         phases.mark("joining")
@@ -57,10 +58,10 @@ def run_rank(
         if trainer is not None:
             trainer.observer.close()
             context = _where(trainer, error)
-        code = exit_with(error, place, context, errors_on_screen)
         if trainer is not None and place.rank == 0:
             with contextlib.suppress(Exception):  # the error to show is the first one
                 write_result(run, _result(trainer, "failed", began))
+        code = exit_with(error, place, context, errors_on_screen)
         if place.world_size > 1:
             leave_now(code)
         return code
@@ -103,6 +104,12 @@ def _result(trainer: Trainer, status: str, began: float) -> dict[str, Any]:
     }
 
 
+def _common(config: Config) -> dict[str, Any]:
+    """What must be alike on all ranks: more than is computed, for logging is a collective too."""
+    own = ("run.", "launch.", "data.workers")
+    return {k: v for k, v in flatten(to_plain(config)).items() if not k.startswith(own)}
+
+
 def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> RunDirectory:
     """Let rank 0 create or open the run's directory; after a restart it is the same one.
 
@@ -116,6 +123,7 @@ def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> R
             config.run.resume = Resume.auto
         run = open_directory(config, overrides)
         lock(run.path)
+        run.result.unlink(missing_ok=True)
         path = str(run.path)
         if store is not None:
             store.set(RUN_KEY, path)

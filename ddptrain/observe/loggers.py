@@ -56,7 +56,9 @@ class TensorBoard:
     def __init__(self, folder: Path, resumed_at: int, config_text: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = resumed_at + 1 if resumed_at else None
+        # Also from step 0: a start that saved nothing may have left curves.
+        begun_before = any(folder.glob("events.*"))
+        purge = resumed_at + 1 if resumed_at else 0 if begun_before else None
         self.writer = SummaryWriter(str(folder), purge_step=purge)
         if not resumed_at:
             self.writer.add_text("config", f"```yaml\n{config_text}\n```")

@@ -16,7 +16,7 @@ from ddptrain.files import replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
-from ddptrain.run_directory import RunDirectory, changes, computed
+from ddptrain.run_directory import RunDirectory, changes, computed, versions
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,13 @@ class Observer:
         lines = read_json_lines(self.run.metrics)
         self.told = {line["split"] for line in lines if line["step"] == resumed_at}
         self.resumed_at = resumed_at
+        if resumed_at:
+            print(
+                f"continuing {self.run.path} after {resumed_at} of {total_steps} steps", flush=True
+            )
+            then = self.run.provenance().get("versions", {})
+            for change in changes(then, versions()):
+                logger.warning("the run began with other versions: %s", change)
         self.loggers = [JsonLines(self.run.metrics, resumed_at)]
         if self.config.log.tensorboard:
             text = yaml.safe_dump(to_plain(self.config), sort_keys=False)
@@ -62,7 +69,8 @@ class Observer:
         self._compare_data(data, self.run.data, "what this run began with")
         if original := self.run.provenance().get("rerun_of"):
             self._compare_data(data, RunDirectory(Path(original)).data, f"its original {original}")
-        replace_text(self.run.data, json.dumps(data, indent=1))
+        if not self.run.data.exists():
+            replace_text(self.run.data, json.dumps(data, indent=1))
 
     @staticmethod
     def _compare_data(data: dict[str, Any], file: Path, what: str) -> None:
@@ -73,8 +81,8 @@ class Observer:
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         if step == self.resumed_at and split in self.told:
             return  # a repeated evaluation of the step that this run was resumed at
-        for logger in self.loggers:
-            logger.log(step, split, scalars)
+        for each in self.loggers:
+            each.log(step, split, scalars)
 
     def finish(self, step: int, metrics: Scalars, best: Scalars) -> None:
         """Write the run's row for TensorBoard's HPARAMS tab, and close everything."""
@@ -85,8 +93,12 @@ class Observer:
         self.close()
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        """Close every logger; one that cannot be closed is noted, and hides no other error."""
+        for each in self.loggers:
+            try:
+                each.close()
+            except Exception:
+                logger.exception("%s could not be closed", type(each).__name__)
         self.loggers = []
 
 

@@ -22,6 +22,8 @@ def write_result(run: RunDirectory, result: dict[str, Any]) -> None:
 def summarise(run: RunDirectory, result: dict[str, Any], example: str | None) -> str:
     """What to print when a run is over: the metrics, where it is, what to paste next."""
     where = _short(run.path)
+    # Beside its other runs, where a run is in the default place.
+    runs = run.path.parent if "runs" in run.path.parts else None
     lines = [
         "",
         f"{result['status']} after {result['step']} steps ({result['epochs']:.1f} epochs, "
@@ -36,7 +38,7 @@ def summarise(run: RunDirectory, result: dict[str, Any], example: str | None) ->
             *lines,
             "",
             f"run          {where}",
-            f"curves       tensorboard --logdir {_short(run.path.parent)}",
+            f"curves       tensorboard --logdir {_short(runs if runs else run.path)}",
             f"weights      ddptrain export {where}",
         ]
     )

@@ -42,7 +42,7 @@ class Ranks:
         if device.type == "cuda":
             # Before any collective: NCCL and a user's own .cuda() take the current device.
             torch.cuda.set_device(device)
-        if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        if place.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             return
         self.store = _connect(place, timeout)
         if place.world_size > 1:
@@ -77,16 +77,18 @@ class Ranks:
         return values
 
     def agree(self, mine: dict[str, Any], differs: str, remedy: str) -> None:
-        """Raise ``Refused`` if a rank has other entries: "rank 1 <differs> rank 0: …; <remedy>"."""
-        for rank, other in enumerate(self.gather(mine)):
+        """Raise ``Refused`` on every rank if one has other entries than rank 0.
+
+        It reads "rank 1 <differs> rank 0: key: its value, not rank 0's; <remedy>".
+        """
+        first, *others = self.gather(mine)
+        for rank, other in enumerate(others, start=1):
             if different := [
-                f"{key}: {mine.get(key, 'not set')} here, {other.get(key, 'not set')} there"
-                for key in sorted(mine.keys() | other.keys())
-                if mine.get(key) != other.get(key)
+                f"{key}: {other.get(key, 'not set')}, not {first.get(key, 'not set')}"
+                for key in sorted(first.keys() | other.keys())
+                if first.get(key) != other.get(key)
             ]:
-                raise Refused(
-                    f"rank {rank} {differs} rank {self.rank}: {'; '.join(different)}; {remedy}"
-                )
+                raise Refused(f"rank {rank} {differs} rank 0: {'; '.join(different)}; {remedy}")
 
     def from_first(self, value: T | None) -> T:
         """Return rank 0's value on every rank; the others' is ignored."""

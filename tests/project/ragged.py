@@ -150,3 +150,10 @@ class Tagging(Task):
         except FileExistsError:
             return False
         return True
+
+
+class Alone(Tagging):
+    """The task with a model of its own, for a config without one."""
+
+    def __init__(self) -> None:
+        super().__init__(Network())
