@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", help="default: all that are installed")
     parser.add_argument("--picture", type=Path, help="write a bar chart to this file")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave no contender behind, paused
     rivals = [n for n in ("accelerate", "lightning") if importlib.util.find_spec(n)]
     contenders = given.contenders or ["hand", "ddptrain", *rivals]
     results: Results = {}
