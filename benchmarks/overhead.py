@@ -5,7 +5,7 @@
 In each round every contender is started on two ranks with one thread each, and paused when it is
 warm. Then they take turns, a second and a half each, the others stopped: whatever slows the machine
 slows all of them alike. Figures are medians over turns; ratios are taken within a turn, then their
-median.
+median. The contender "exact" is ddptrain with parallel.reduction=exact.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 RANKS = 2
 SLICE_SECONDS = 1.5
 SETTLE = 2  # steps at the beginning of a turn that do not count
+REDUCTIONS = {"ddptrain": "mean", "exact": "exact"}
 Measures = dict[str, float]
 Results = dict[tuple[str, str], list[Measures]]
 
@@ -38,7 +39,7 @@ def command(contender: str, case: str, folder: Path) -> list[str]:
     """The command that trains ``case`` with ``contender``."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", str(RANKS)]
-    if contender != "ddptrain":
+    if contender not in REDUCTIONS:
         return [*torchrun, str(HERE / "loops.py"), contender, case]
     return [
         *torchrun,
@@ -52,6 +53,7 @@ def command(contender: str, case: str, folder: Path) -> list[str]:
         f"train.micro_batch_size={BATCH_PER_RANK[case]}",
         f"optim.lr={LEARNING_RATE}",
         "log.every_steps=50",
+        f"parallel.reduction={REDUCTIONS[contender]}",
         "train.device=cpu",
     ]
 
@@ -204,7 +206,7 @@ def main() -> None:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave no contender behind, paused
     rivals = [n for n in ("accelerate", "lightning") if importlib.util.find_spec(n)]
-    contenders = given.contenders or ["hand", "ddptrain", *rivals]
+    contenders = given.contenders or ["hand", *REDUCTIONS, *rivals]
     results: Results = {}
     for round_number in range(given.rounds):
         for case in given.cases:

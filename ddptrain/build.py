@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch.nn import SyncBatchNorm
 
 from ddptrain.account import Accounted, Window
 from ddptrain.checkpoint.checkpoints import Checkpoints
@@ -18,10 +19,12 @@ from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.store import Store
 from ddptrain.compose import to_plain
 from ddptrain.config import Config, Direction, Precision, TrainConfig
+from ddptrain.config import Reduction as ReductionChoice
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
+from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
 from ddptrain.loop import Trainer
@@ -30,7 +33,10 @@ from ddptrain.observe.phases import Phases
 from ddptrain.optim.build import build_optimizer
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.parallel.ddp import DataParallel
+from ddptrain.parallel.exact import MAX_ADDENDS, Exact
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.parallel.reduction import Mean, Reduction
+from ddptrain.resilience.divergence import Replicas
 from ddptrain.run_directory import RunDirectory, versions
 from ddptrain.step import Step
 from ddptrain.tasks.task import Task
@@ -54,7 +60,8 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
     sizes = {s.label: f"{s.plan.samples} samples" for s in (source, *others.values())}
     ranks.agree(sizes, "has other data than", "give all nodes the same files")
     task = build_task(config, ranks.device)
-    strategy = DataParallel(ranks, config.parallel.bucket_mb)
+    loss_scale = LossScale(ranks.device) if train.precision is Precision.fp16 else None
+    strategy = build_strategy(config, ranks, task, loss_scale)
     autocast = build_autocast(train.precision, ranks.device)
     total_steps = _total_steps(train, plan)
     step = Step(
@@ -67,7 +74,8 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
         total_steps=total_steps,
         max_norm=train.grad_clip.max_norm,
         nonfinite=train.nonfinite,
-        loss_scale=LossScale(ranks.device) if train.precision is Precision.fp16 else None,
+        loss_scale=loss_scale,
+        fingerprints=Fingerprints(task, plan, ranks, config.log.fingerprint_every, total_steps),
     )
     return Trainer(
         config,
@@ -79,14 +87,14 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
             split: Evaluation(
                 task,
                 Fetcher(other, ranks.device, config.data.workers),
-                strategy,
                 ranks,
                 autocast,
             )
             for split, other in others.items()
         },
         build_checkpoints(config, run),
-        Observer(config, run, phases, speaks=ranks.is_first),
+        Observer(config, run, phases, speaks=ranks.is_first, world_size=ranks.world_size),
+        Replicas(task, ranks),
         total_steps,
     )
 
@@ -145,6 +153,29 @@ def build_source(config: Config, split: str, whole: bool = True) -> Source:
         return Source(split, dataset, Plan(samples, *sizes, config.seed, config.data.shuffle))
     size = config.eval.micro_batch_size or config.train.micro_batch_size
     return Source(split, dataset, Plan(samples, samples, size, config.seed, shuffled=False))
+
+
+def build_strategy(
+    config: Config, ranks: Ranks, task: Task, loss_scale: LossScale | None
+) -> DataParallel:
+    """Build what keeps the replicas one model. Raises ``Refused``."""
+    reduction: Reduction = Mean()
+    if config.parallel.reduction is ReductionChoice.exact:
+        for name, module in task.named_modules():
+            if isinstance(module, SyncBatchNorm):
+                raise Refused(
+                    f"parallel.reduction=exact: {name} is a SyncBatchNorm, which normalises over "
+                    "what the ranks hold at once, so that its result depends on their number; use "
+                    "BatchNorm, which normalises over a micro-batch, or GroupNorm or LayerNorm"
+                )
+        micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+        if micro_batches > MAX_ADDENDS:
+            raise Refused(
+                f"parallel.reduction=exact: a step has {micro_batches} micro-batches, it takes at "
+                f"most {MAX_ADDENDS}; make train.micro_batch_size larger"
+            )
+        reduction = Exact(micro_batches, None if loss_scale is None else loss_scale.value)
+    return DataParallel(ranks, config.parallel.bucket_mb, reduction)
 
 
 def build_checkpoints(config: Config, run: RunDirectory) -> Checkpoints:

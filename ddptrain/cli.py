@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
 from ddptrain.compose import compose, flatten, make_importable, options, to_plain, validate
 from ddptrain.config import Config, Resume, check_world_size
-from ddptrain.errors import EXIT_COMPLETED, Refused, TrainingError
+from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.place import Place
 from ddptrain.resilience.failure import tell_agent
@@ -22,10 +24,12 @@ from ddptrain.run_directory import RunDirectory, changes, check_directory, open_
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code. Overrides without a command train as one rank."""
     given = sys.argv[1:] if arguments is None else arguments
-    if not given or (given[0] not in COMMANDS and not given[0].startswith("-")):
-        given = ["rank", *given]
+    is_command = bool(given) and (given[0] in COMMANDS or given[0].startswith("-"))
     make_importable()
     try:
+        if not is_command:
+            _refuse_unknown_command(given)
+            given = ["rank", *given]
         parsed = _parse(given)
         return COMMANDS[parsed.command](parsed)
     except TrainingError as error:
@@ -34,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(line, file=sys.stderr, flush=True)
         tell_agent(line)
         return error.exit_code
+
+
+def _refuse_unknown_command(given: list[str]) -> None:
+    """Overrides may stand without a command; a word without a value is none."""
+    if given and given[0].isidentifier():
+        close = get_close_matches(given[0], COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise Refused(f"unknown command {given[0]}; {hint}")
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -55,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "`ddptrain config experiment=…` and the files in conf/. Under torchrun: "
         "torchrun --standalone --nproc-per-node 2 -m ddptrain experiment=digits",
     )
+    parser.add_argument("--version", action="version", version=f"ddptrain {version('ddptrain')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, summary: str | None, *, run: bool) -> argparse.ArgumentParser:
@@ -73,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", "compose a config, start its ranks here, train", run=False)
     train.add_argument("-m", "--multirun", action="store_true", help="a trial per combination")
+    verify = add("verify", "test that ranks, resumes and workers change nothing", run=False)
+    verify.add_argument("--steps", type=int, default=3, metavar="N", help="steps to compare: 3")
     add("config", "print the composed, checked config; train nothing", run=False)
     add("rerun", "train a run's stored config again, in a new directory", run=True)
     evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)
@@ -86,8 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
         )
+    diff = add("diff", "where two runs parted, and what differed first", run=True)
+    diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
     add("rank", None, run=False)
     add("worker", None, run=True)
+    commands.add_parser("verify-rank").add_argument("folder", type=Path)
     return parser
 
 
@@ -150,6 +168,24 @@ def _worker(parsed: argparse.Namespace) -> int:
     return run_rank(config, Place.from_environment(), phases, overrides=[], errors_on_screen=False)
 
 
+def _verify(parsed: argparse.Namespace) -> int:
+    _refuse_under_torchrun("verify")
+    if parsed.steps < 1:
+        raise Refused(f"--steps {parsed.steps}: expected a number above 0")
+    config = compose(parsed.overrides)
+    micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    from ddptrain.verify.command import verify
+
+    return verify(config, list(range(1, min(3, micro_batches) + 1)), parsed.steps)
+
+
+def _verify_rank(parsed: argparse.Namespace) -> int:
+    """Be one rank that ``ddptrain verify`` has started."""
+    from ddptrain.verify.rank import verify_rank
+
+    return verify_rank(parsed.folder)
+
+
 def _config(parsed: argparse.Namespace) -> int:
     print(yaml.safe_dump(to_plain(compose(parsed.overrides)), sort_keys=False), end="")
     return EXIT_COMPLETED
@@ -169,7 +205,17 @@ def _rerun(parsed: argparse.Namespace) -> int:
         print(f"  {change}")
     config.run.dir = None
     config.run.resume = Resume.auto
-    return _start(config, provenance.get("overrides", []), rerun_of=str(run.path))
+    before = run.outcome()
+    if config.launch.nproc_per_node == "auto" and before:
+        config.launch.nproc_per_node = str(before["world_size"])  # which torchrun had chosen
+    code = _start(config, provenance.get("overrides", []), rerun_of=str(run.path))
+    again = RunDirectory(Path(str(config.run.dir)))
+    if code == EXIT_COMPLETED and before:
+        if again.outcome()["weights_sha256"] == before["weights_sha256"]:
+            print(f"weights      the same bits as {run.path}")
+        else:
+            print(f"weights      not those of {run.path}: ddptrain diff {run.path} {again.path}")
+    return code
 
 
 def _stored(parsed: argparse.Namespace) -> tuple[RunDirectory, Config]:
@@ -199,6 +245,17 @@ def _sample(parsed: argparse.Namespace) -> int:
     return sample(run, config, parsed.checkpoint, parsed.prompt, parsed.length)
 
 
+def _diff(parsed: argparse.Namespace) -> int:
+    from ddptrain.observe.difference import circumstances, known, parting
+
+    runs = RunDirectory(parsed.run), RunDirectory(parsed.other)
+    for line in circumstances(*runs):
+        print(line)
+    where = parting(*runs)
+    print(where or f"the same: {known(*runs)}")
+    return EXIT_COMPLETED if where is None else EXIT_FAILED
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "config": _config,
@@ -206,6 +263,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "export": _export,
     "sample": _sample,
+    "diff": _diff,
     "rank": _rank,
     "worker": _worker,
+    "verify": _verify,
+    "verify-rank": _verify_rank,
 }

@@ -197,13 +197,19 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def parse(overrides: list[str]) -> list[Override]:
     """Parse Hydra overrides. Raises ``Refused`` on what is not one."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
     for override in overrides:
-        if not override.partition("=")[0].strip("+~ "):
+        key, _, value = override.partition("=")
+        if not key.strip("+~ "):
             raise Refused(f"not an override (key=value): {override!r}")
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise Refused(f"not an override (key=value): {_first_line(error)}") from None
+        try:
+            parsed += parser.parse_overrides([override])
+        except HydraException as error:
+            hint = f"; quote a value with signs in it: '{key}=\"{value}\"'" if value else ""
+            told = _first_line(error)
+            raise Refused(f"not an override (key=value): {override}: {told}{hint}") from None
+    return parsed
 
 
 def _check_keys(node: dict[str, Any], schema: type, path: str) -> None:

@@ -10,7 +10,9 @@ from omegaconf import MISSING
 
 from ddptrain.errors import Refused
 
-EXECUTION_ONLY = ("run.", "launch.", "log.", "checkpoint.", "data.workers")
+EXECUTION_ONLY = (
+    "run.", "launch.", "log.", "checkpoint.", "data.workers", "parallel.check_every_steps"
+)  # fmt: skip
 """Keys that begin so say where and how a run executes, not what it computes: they may change
 between a run's first start and its continuation."""
 
@@ -44,6 +46,7 @@ class Strategy(Enum):
 
 class Reduction(Enum):
     mean = "mean"
+    exact = "exact"
 
 
 class Direction(Enum):
@@ -86,6 +89,7 @@ class EvalConfig:
 class LogConfig:
     every_steps: int = MISSING
     tensorboard: bool = MISSING
+    fingerprint_every: int | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +106,7 @@ class ParallelConfig:
     strategy: Strategy = MISSING
     reduction: Reduction = MISSING
     bucket_mb: float = MISSING
+    check_every_steps: int | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,9 +174,11 @@ def _check_sizes(config: Config) -> None:
         "eval.every_steps": config.eval.every_steps,
         "eval.micro_batch_size": config.eval.micro_batch_size,
         "log.every_steps": config.log.every_steps,
+        "log.fingerprint_every": config.log.fingerprint_every,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "parallel.bucket_mb": config.parallel.bucket_mb,
+        "parallel.check_every_steps": config.parallel.check_every_steps,
     }
     for key, value in positive.items():
         if value is not None and not value > 0:
@@ -231,11 +238,15 @@ def check_world_size(config: Config, world_size: int) -> None:
             else f"train.global_batch_size must be at least {world_size}"
         )
         raise Refused(
-            f"{world_size} ranks share {micro_batches} micro-batches a step "
+            f"{world_size} ranks share {_count(micro_batches, 'micro-batch', 'es')} a step "
             f"(train.global_batch_size={train.global_batch_size} / train.micro_batch_size="
             f"{train.micro_batch_size}), so some would have no work; start at most "
-            f"{micro_batches} ranks, or {remedy}"
+            f"{_count(micro_batches, 'rank')}, or {remedy}"
         )
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 def _divisors(n: int) -> list[int]:

@@ -28,6 +28,10 @@ class NonFiniteError(TrainingError):
     """Loss or gradient became NaN or infinite; the message names step, rank and samples."""
 
 
+class DivergenceError(TrainingError):
+    """Replicas that must be equal are not; the message names the ranks and the first tensor."""
+
+
 class CheckpointError(TrainingError):
     """No checkpoint can be loaded, or one cannot be written."""
 

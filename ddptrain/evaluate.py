@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ddptrain.data.fetch import Fetcher
+from ddptrain.data.plan import MicroBatch
 from ddptrain.errors import TrainingError
-from ddptrain.parallel.ddp import Strategy
+from ddptrain.generators import key_generators
+from ddptrain.keys import derive
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.tasks.task import Task
 
@@ -32,18 +34,19 @@ class Evaluation:
         self,
         task: Task,
         fetcher: Fetcher,
-        strategy: Strategy,
         ranks: Ranks,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.task = task
         self.fetcher = fetcher
-        self.strategy = strategy
         self.ranks = ranks
         self.autocast = autocast
         self.loading: Thread | None = None
-        plan = fetcher.source.plan
-        self.batches = fetcher.fetch(plan.micro_batches(0, ranks.rank, ranks.world_size))
+        self.batches = fetcher.fetch(self._micro_batches())
+
+    def _micro_batches(self) -> list[MicroBatch]:
+        plan = self.fetcher.source.plan
+        return plan.micro_batches(0, self.ranks.rank, self.ranks.world_size)
 
     def prepare(self) -> None:
         """Begin to import what the metrics need (torchmetrics takes seconds) beside training.
@@ -54,6 +57,12 @@ class Evaluation:
             self.loading = Thread(target=import_module, args=["torchmetrics"], daemon=True)
             self.loading.start()
 
+    def names(self) -> list[str] | None:
+        """The names of the metrics; None until what they need is imported."""
+        if self.loading is None or self.loading.is_alive():
+            return None
+        return list(self.task.metrics())
+
     def run(self) -> dict[str, float]:
         """Return the metrics by name; every rank must call it, and all get the same."""
         if self.loading is not None:
@@ -62,9 +71,11 @@ class Evaluation:
         for metric in metrics.values():
             # The states are merged here, once: torchmetrics must not add up the ranks again.
             metric.distributed_available_fn = _not_distributed
-        self.strategy.synchronise_buffers(self.task)
+        source = self.fetcher.source
         with _in_eval_mode(self.task), torch.inference_mode(), self.autocast():
-            for batch in self.batches:
+            for micro_batch, batch in zip(self._micro_batches(), self.batches, strict=True):
+                key = derive(source.plan.seed, f"evaluation/{source.name}", micro_batch.index)
+                key_generators(key, self.ranks.device)
                 self.task.update(metrics, batch)
         return self._compute(metrics)
 

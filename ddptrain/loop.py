@@ -12,6 +12,7 @@ from ddptrain.evaluate import Evaluation
 from ddptrain.observe.clock import StepClock
 from ddptrain.observe.observer import Observer
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.sanity import explain
 from ddptrain.step import Step
 from ddptrain.tasks.task import Task
@@ -29,9 +30,11 @@ class Trainer:
     evaluations: dict[str, Evaluation]
     checkpoints: Checkpoints
     observer: Observer
+    replicas: Replicas
     total_steps: int
     done: int = 0  # optimiser steps; with weights and optimiser state, all the state there is
     logged: int = 0
+    metric_is_known: bool = False
     metrics: dict[str, float] = field(default_factory=dict)  # of evaluations at this very step
     clock: StepClock = field(default_factory=StepClock)
 
@@ -45,8 +48,11 @@ class Trainer:
         for step in range(first, self.total_steps):
             self.step(step, batches)
             self.advance(step + 1)
+            self.observer.fingerprint(self.step.fingerprints.take(step))
             if step == first:
                 self.warm_up()
+            if self.is_due(self.config.parallel.check_every_steps):
+                self.replicas.compare(self.done)
             if self.is_due(self.config.log.every_steps):
                 self.log()
             if self.is_due(self.config.eval.every_steps):
@@ -74,6 +80,8 @@ class Trainer:
             self.metrics = manifest["metrics"]
         self.logged = self.done
         self.observer.open(self.done, self.total_steps)
+        if self.config.log.fingerprint_every is not None:
+            self.observer.begin_fingerprints(self.step.fingerprints.header(self.done))
         return self.done
 
     def warm_up(self) -> None:
@@ -99,6 +107,15 @@ class Trainer:
                         "epoch": samples / plan.samples}  # fmt: skip
             self.observer.log(self.done, "train", self.step.read() | progress)
             self.logged = self.done
+            self.check_metric()
+
+    def check_metric(self) -> None:
+        """Stop early if ``checkpoint.metric`` names none that an evaluation will give."""
+        if self.config.eval.every_steps is not None and not self.metric_is_known:
+            names = self.evaluations["val"].names()
+            if names is not None:
+                self.checkpoints.check_metric([f"val/{name}" for name in names])
+                self.metric_is_known = True
 
     def validate(self) -> None:
         """Evaluate the validation split; save if that makes this one of the best checkpoints."""
@@ -118,6 +135,8 @@ class Trainer:
         """Write a checkpoint of this step, with the metrics of evaluations at this step."""
         self.stop_if_not_finite()
         with self.clock.paused():
+            self.replicas.compare(self.done)
+            self.replicas.settle()
             if self.ranks.is_first:
                 self.checkpoints.save(
                     self.done, self.task, self.step.optimizer, self.step.numbers(), self.metrics
@@ -129,7 +148,9 @@ class Trainer:
         if fault is None:
             return
         self.done = fault
-        what = explain(fault, self.step.module, self.fetcher.source, self.ranks)
+        what = explain(
+            fault, self.step.module, self.fetcher.source, self.ranks, self.step.reduction
+        )
         if self.ranks.is_first:
             self.checkpoints.save(fault, self.task, self.step.optimizer, self.step.numbers(), {})
         raise NonFiniteError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import time
@@ -50,6 +51,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def fingerprints(self) -> Path:
+        return self.path / "fingerprints.jsonl"
+
+    @property
     def result(self) -> Path:
         return self.path / "result.json"
 
@@ -78,6 +83,10 @@ class RunDirectory:
     def provenance(self) -> dict[str, Any]:
         """Return what was stored about the run's code: versions, commit, overrides, original."""
         return dict(_read_yaml(self.config).get("provenance", {}))
+
+    def outcome(self) -> dict[str, Any]:
+        """What ``result.json`` says; empty if the run has not ended."""
+        return dict(json.loads(self.result.read_text())) if self.result.exists() else {}
 
     def has_checkpoint(self) -> bool:
         return any(self.checkpoints.glob("step-*/manifest.json"))

@@ -44,8 +44,8 @@ def read_signature(target: str) -> Signature | None:
     module, file, rest = locate(target)
     if module is None:
         raise Absent(
-            f"no module {target.partition('.')[0]!r} for {target!r}, neither installed nor in the "
-            "folder you started from"
+            f"no module {target.partition('.')[0]!r} for {target!r}, neither installed nor in this "
+            "folder; go to the one that it is in"
         )
     if file is None:
         return None

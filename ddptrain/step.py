@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -12,12 +13,16 @@ from ddptrain.account import Accounted, merge_logs
 from ddptrain.config import NonFinite
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
+from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Schedule
+from ddptrain.parallel.buffers import Buffers
 from ddptrain.parallel.ddp import Strategy
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.tasks.task import Batch
+
+logger = logging.getLogger(__name__)
 
 
 class Step:
@@ -39,6 +44,7 @@ class Step:
         max_norm: float | None,
         nonfinite: NonFinite,
         loss_scale: LossScale | None,
+        fingerprints: Fingerprints,
     ) -> None:
         self.module = module
         self.replica = strategy.wrap(module)
@@ -46,20 +52,22 @@ class Step:
         self.schedule = schedule
         self.plan = plan
         self.strategy = strategy
+        self.reduction = strategy.reduction
         self.ranks = ranks
         self.total_steps = total_steps
         self.max_norm = max_norm
         self.nonfinite = nonfinite
         self.loss_scale = loss_scale
+        self.fingerprints = fingerprints
         self.names = [n for n, p in module.task.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.task.parameters() if p.requires_grad]
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.told_faint: set[str] = set()
         self.faults = torch.zeros((), device=ranks.device)
         self.norm = torch.zeros((), device=ranks.device)
         self.current: MicroBatch | None = None
-        self.buffers = list(module.task.buffers())
-        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.buffers = Buffers(module.task, ranks, self.reduction)
         # DDP lays its buckets out anew after its first backward, and where a number lies in a
         # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
         self.replica(None).backward()
@@ -67,9 +75,11 @@ class Step:
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
         """Take step ``step`` (from 0), drawing this rank's micro-batches from ``batches``."""
+        self.fingerprints.begin(step)
         self._accumulate(step, batches)
         gradients, account = self._gradients()
         count = account[0]
+        self.fingerprints.gradients(gradients, count)
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         self.norm = total / count
         # One factor turns sums into means and clips: 1 / count, or max_norm / total if smaller.
@@ -79,45 +89,52 @@ class Step:
         bad = (self.norm + account[1]) * 0 != 0
         self._follow_schedule(step)
         self._record(account, bad)
-        self._update(self._must_skip(bad))
+        self._update(step, self._must_skip(bad))
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers_before, self.buffers)
+        self.buffers.begin()
         mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
         for micro_batch in mine[:-1]:
             with self.strategy.accumulate(self.replica):
                 self._backward(micro_batch, batches)
+            self._refuse_unused(self._unreduced())
         if mine:
             self._backward(mine[-1], batches)
         else:
             self.replica(None).backward()
+        self.buffers.reduce()
         self.current = None
 
     def _backward(self, micro_batch: MicroBatch, batches: Iterator[Batch]) -> None:
         self.current = micro_batch
         batch = next(batches)
+        self.fingerprints.batch(micro_batch, batch)
         key_generators(self.plan.forward_key(micro_batch), self.ranks.device)
         total = self.replica(batch)
         if self.loss_scale is not None:
             total = total * self.loss_scale.value
         total.backward()
+        self.buffers.collect()
 
     def _gradients(self) -> tuple[list[Tensor], Tensor]:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # Of an accumulated gradient DDP alone knows that the last backward did not reach it.
-        unused = [self.names[i - 1] for i in self.strategy.unreduced(self.replica) if i > 0]
-        if len(gradients) < len(self.parameters):
-            unused = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        unused = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
+        self._refuse_unused(unused or self._unreduced())
+        account = self.module.account.grad
+        assert account is not None
+        return gradients, account
+
+    def _unreduced(self) -> list[str]:
+        """Of an accumulated gradient DDP alone knows that the last backward did not reach it."""
+        return [self.names[i - 1] for i in self.strategy.unreduced(self.replica) if i > 0]
+
+    def _refuse_unused(self, unused: list[str]) -> None:
         if unused:
             raise TrainingError(
                 f"{len(unused)} of {len(self.parameters)} parameters got no gradient: "
                 f"{', '.join(unused)}; use them in the loss, or freeze them (requires_grad=False)"
             )
-        account = self.module.account.grad
-        assert account is not None
-        return gradients, account
 
     def _follow_schedule(self, step: int) -> None:
         rate = self.schedule(step, self.total_steps)
@@ -140,14 +157,13 @@ class Step:
         self.faults += stopped
         return stopped if self.loss_scale is None else stopped.maximum(bad.float())
 
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, step: int, skip: Tensor) -> None:
         if self.skips_on_device:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip.item():
             self.optimizer.step()
-        for buffer, before in zip(self.buffers, self.buffers_before, strict=True):
-            buffer.copy_(before.where(skip > 0, buffer))
+        self.buffers.move(len(self.plan.micro_batches(step)), skip)
         self._clear_gradients()
 
     def _clear_gradients(self) -> None:
@@ -161,6 +177,7 @@ class Step:
 
     def read(self) -> dict[str, float]:
         """Return what happened since the last call, over all ranks; every rank must call it."""
+        self._tell_faint()
         window = self.module.window
         scale = self.norm if self.loss_scale is None else self.loss_scale.value
         numbers = torch.stack([*window.account, self.norm, self.faults, scale]).tolist()
@@ -178,6 +195,20 @@ class Step:
         if self.loss_scale is not None:
             scalars["loss_scale"] = scale_now
         return scalars
+
+    def _tell_faint(self) -> None:
+        """Warn, once, of each parameter whose gradients are too small for an exact sum."""
+        faint = {id(parameter) for parameter in self.reduction.take_faint()}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if id(parameter) in faint and name not in self.told_faint:
+                self.told_faint.add(name)
+                logger.warning(
+                    "the gradient of %s was so small in a step that its sum over micro-batches "
+                    "kept fewer digits than float32 has (exact sums keep what is above 2**-68): "
+                    "multiply the loss's sum and its count by 2**20, which leaves their ratio, or "
+                    "use parallel.reduction=mean",
+                    name,
+                )
 
     def numbers(self) -> dict[str, float]:
         """What a checkpoint must hold besides tensors of the model and the optimiser."""

@@ -6,6 +6,7 @@ Writes a JSON object to the file it is given; the tests compare it between numbe
 from __future__ import annotations
 
 import json
+import random
 import sys
 from dataclasses import replace
 from itertools import product
@@ -25,12 +26,13 @@ from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.parallel.reduction import Mean
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
-from ddptrain.state import load_optimizer, optimizer_tensors
+from ddptrain.state import fingerprint, load_optimizer, optimizer_tensors
 from ddptrain.tasks import Loss
 
-ACCUMULATION = (1, 3, 4)
+MICRO_BATCHES = (2, 3, 6)  # 12, 8 and 4 of them: three ranks cannot share all of these evenly
 GLOBAL_BATCH = 24
 
 
@@ -39,7 +41,7 @@ def build(config: Config, ranks: Ranks, folder: Path) -> Trainer:
 
 
 def gradients(ranks: Ranks, folder: Path) -> dict[str, list[list[float]]]:
-    """By accumulation, with clipping and without, single and double: weights after two steps.
+    """By micro-batch size, with clipping or without, single and double: weights after two steps.
 
     A full step and a short one, by plain descent at rate 1: the weights tell the gradients.
     """
@@ -54,14 +56,12 @@ def gradients(ranks: Ranks, folder: Path) -> dict[str, list[list[float]]]:
         ]
     )
     found = {}
-    for accumulation, clip, double in product(ACCUMULATION, (None, 0.05), (False, True)):
-        micro, rest = divmod(GLOBAL_BATCH, ranks.world_size * accumulation)
-        if rest:
-            continue
+    whole = (GLOBAL_BATCH,) if ranks.world_size == 1 else ()
+    for micro, clip, double in product((*MICRO_BATCHES, *whole), (None, 0.05), (False, True)):
         config.train.micro_batch_size = micro
         config.train.grad_clip.max_norm = clip
         config.task["double"] = double
-        found[f"{accumulation}/{clip}/{double}"] = weights_after(2, build(config, ranks, folder))
+        found[f"{micro}/{clip}/{double}"] = weights_after(2, build(config, ranks, folder))
     return found
 
 
@@ -94,7 +94,7 @@ def reduced(ranks: Ranks) -> dict[str, bool]:
     for count in (1, 1000, 1_000_000):
         layer = torch.nn.Linear(count, 1, bias=False)
         of_ranks = [torch.arange(count) % 7 + rank for rank in range(ranks.world_size)]
-        replica = DataParallel(ranks, bucket_mb=25).wrap(layer)
+        replica = DataParallel(ranks, bucket_mb=25, reduction=Mean()).wrap(layer)
         replica(of_ranks[ranks.rank].float()).sum().backward()
         gradient = torch.nn.utils.parameters_to_vector([p.grad for p in layer.parameters()])
         right[str(count)] = torch.equal(gradient, torch.stack(of_ranks).sum(0).float())
@@ -106,9 +106,7 @@ def resumes_in_a_ring(ranks: Ranks, folder: Path) -> bool:
     config = compose(["experiment=ragged", "model.width=12000", "log.tensorboard=false"])
     whole, resumed = build(config, ranks, folder), build(config, ranks, folder)
     take_steps(whole, 0, 1)
-    resumed.task.load_state_dict(whole.task.state_dict())
-    tensors, numbers = optimizer_tensors(whole.task, whole.step.optimizer)
-    load_optimizer(resumed.task, resumed.step.optimizer, tensors, numbers)
+    copy_state(whole, resumed)
     return torch.equal(take_steps(whole, 1, 3), take_steps(resumed, 1, 3))
 
 
@@ -134,12 +132,78 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
             again = Evaluation(
                 evaluation.task,
                 Fetcher(source, ranks.device),
-                evaluation.strategy,
                 ranks,
                 evaluation.autocast,
             )
             found[f"{name}/{micro}"] = again.run()
     return found
+
+
+EXACT = {
+    "digits": ["experiment=digits"],
+    "breast_cancer": ["experiment=breast_cancer"],
+    "stdlib_lm": [
+        *("experiment=stdlib_lm", "model.layers=1", "model.width=16", "model.dropout=0.1"),
+        *("data.val=null", "data.test=null", "eval.every_steps=null", "checkpoint.keep_best=0"),
+    ],
+    "own model, clipped": ["experiment=ragged", "train.grad_clip.max_norm=0.02"],
+    "batch norm": ["experiment=ragged", "model.batch_norm=true", "train.micro_batch_size=3"],
+    "fp16": ["experiment=ragged", "train.precision=fp16"],
+    "double": ["experiment=ragged", "task.double=true", "parallel.bucket_mb=0.0001"],
+}
+
+
+def exact(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
+    """Hashes of the weights after some steps, in one go and resumed, by config."""
+    found = {}
+    for name, overrides in EXACT.items():
+        config = compose([*overrides, "parallel.reduction=exact", "log.tensorboard=false"])
+        found[name] = resumed_and_not(config, ranks, folder, 2, 4)
+    draw = random.Random(5)
+    for case in range(4):  # borders of epochs and of micro-batches fall anywhere
+        micro, micro_batches = draw.randint(1, 3), draw.randint(4, 7)
+        batch = micro * micro_batches
+        samples = draw.randint(batch, 3 * batch)
+        config = compose(
+            [
+                *("experiment=ragged", f"data.train.samples={samples}", f"seed={case}"),
+                *(f"train.micro_batch_size={micro}", f"train.global_batch_size={batch}"),
+                *("parallel.reduction=exact", "log.tensorboard=false"),
+            ]
+        )
+        name = f"{samples} samples, {micro_batches} micro-batches of {micro}"
+        found[name] = resumed_and_not(config, ranks, folder, draw.randint(1, 4), 5)
+    return found
+
+
+def resumed_and_not(
+    config: Config, ranks: Ranks, folder: Path, middle: int, last: int
+) -> list[str]:
+    whole, resumed = build(config, ranks, folder), build(config, ranks, folder)
+    take_steps(whole, 0, middle)
+    copy_state(whole, resumed)
+    return [take_steps_and_hash(trainer, middle, last) for trainer in (whole, resumed)]
+
+
+def take_steps_and_hash(trainer: Trainer, first: int, last: int) -> str:
+    take_steps(trainer, first, last)
+    return fingerprint(trainer.task)
+
+
+def moved_buffers(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
+    """A model's running statistics after a step, with sums in floating point."""
+    config = compose(["experiment=ragged", "model.batch_norm=true", "log.tensorboard=false"])
+    made = build(config, ranks, folder)
+    take_steps(made, 0, 1)
+    return {name: buffer.view(-1).tolist() for name, buffer in made.task.named_buffers()}
+
+
+def copy_state(whole: Trainer, resumed: Trainer) -> None:
+    """What a checkpoint does, without the files."""
+    resumed.task.load_state_dict(whole.task.state_dict())
+    tensors, numbers = optimizer_tensors(whole.task, whole.step.optimizer)
+    load_optimizer(resumed.task, resumed.step.optimizer, tensors, numbers)
+    resumed.step.load_numbers(whole.step.numbers())
 
 
 def differing_logs(ranks: Ranks) -> dict[str, float]:
@@ -162,6 +226,8 @@ def main(file: Path) -> None:
     found = {
         "gradients": gradients(ranks, file.parent),
         "evaluations": evaluations(ranks, file.parent),
+        "buffers": moved_buffers(ranks, file.parent),
+        "exact": exact(ranks, file.parent),
         "logs": differing_logs(ranks),
         "reduced": reduced(ranks),
         # Between two ranks the order of a sum does not matter.

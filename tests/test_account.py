@@ -21,11 +21,13 @@ from ddptrain.account import RESERVED, Accounted, Window, merge_logs
 from ddptrain.config import NonFinite
 from ddptrain.data.plan import Plan
 from ddptrain.errors import TrainingError
+from ddptrain.fingerprints import Fingerprints
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Constant
 from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.parallel.reduction import Mean
 from ddptrain.place import Place
 from ddptrain.step import Step
 from ddptrain.tasks import Loss, Task
@@ -185,12 +187,13 @@ def make_step(
         torch.optim.SGD(task.parameters(), lr=1.0),
         Constant(),
         plan,
-        DataParallel(ranks, 25),
+        DataParallel(ranks, 25, Mean()),
         ranks,
         total_steps=100,
         max_norm=max_norm,
         nonfinite=nonfinite,
         loss_scale=loss_scale,
+        fingerprints=Fingerprints(task, plan, ranks, None, 100),
     )
 
 

@@ -422,7 +422,7 @@ def test_more_ranks_than_micro_batches_are_refused_with_a_remedy_that_works(
     def work(size: int) -> int:
         return micro_batches * micro // size
 
-    assert f"{ranks} ranks share {micro_batches} micro-batches" in line
+    assert f"{ranks} ranks share {micro_batches} micro-batch" in line
     if remedy := re.search(r"or train\.micro_batch_size=(\d+) or less would do", line):
         config.train.micro_batch_size = int(remedy[1])
         check_world_size(config, ranks)

@@ -39,7 +39,6 @@ from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
 from ddptrain.evaluate import Evaluation, _in_eval_mode, _merge, _state
 from ddptrain.launch.worker import TIMEOUT
-from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.tasks import Classification, Loss, Task
@@ -286,7 +285,7 @@ def evaluation(task: Task, samples: int = 21, micro: int = 4) -> Evaluation:
     plan = Plan(samples, samples, micro, shuffled=False)
     ranks = Ranks(Place(), CPU, TIMEOUT)
     source = Source("val", TensorDataset(outputs, labels), plan)
-    return Evaluation(task, Fetcher(source, CPU), DataParallel(ranks, 25), ranks, nullcontext)
+    return Evaluation(task, Fetcher(source, CPU), ranks, nullcontext)
 
 
 def test_every_sample_is_seen_once_in_eval_mode_without_gradients() -> None:

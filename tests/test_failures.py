@@ -32,6 +32,14 @@ def project(tmp_path: Path) -> Path:
         ("data.train.infinite_at=17", r"the loss is (nan|inf) on rank [01], samples 17;"),
         ("model.extra=true", r"forgotten\.weight, model\.forgotten\.bias; use them in the loss"),
         ("model.fickle=true", r"fickle\.weight, model\.fickle\.bias; use them in the loss"),
+        (
+            "task.scale=1e12 parallel.reduction=exact",
+            r"the loss reaches [\d.e+]+, beyond the 5\.73e\+09 that exact sums take",
+        ),
+        (
+            "task.culprit=1 task.flip_at=20 parallel.check_every_steps=2 launch.nproc_per_node=3",
+            r"^rank [012] .*: after step 6: rank 1 holds other weights than the 2 others, first",
+        ),
         ("task.in_place=true", r"RuntimeError: .* modified by an inplace operation"),
         (
             "data.train.uneven=true",
@@ -39,9 +47,15 @@ def project(tmp_path: Path) -> Path:
         ),
         ("task.culprit=1 task.raise_at=20", r"^rank 1 .*step \d+, samples [\d, ]+: KeyError"),
         ("task.culprit=1 task.kill_at=20", r"^rank 1: was killed by SIGKILL"),
-        ("data.train.samples=5", r"has 5 samples, fewer than train\.global_batch_size=24"),
-        ("data.train.samples=0", r"data\.train \(Sentences\): it is empty"),
-        ("model.width=-3", r"^.*model: could not build ragged\.Network: RuntimeError"),
+        (
+            "data.train.samples=5 launch.nproc_per_node=1",
+            r"has 5 samples, fewer than train\.global_batch_size=24",
+        ),
+        ("data.train.samples=0 launch.nproc_per_node=1", r"data\.train \(Sentences\): it is empty"),
+        (
+            "model.width=-3 launch.nproc_per_node=1",
+            r"^.*model: could not build ragged\.Network: RuntimeError",
+        ),
     ],
 )
 def test_first_error_is_the_last_line(project: Path, fault: str, expected: str) -> None:

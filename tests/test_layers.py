@@ -15,7 +15,7 @@ import ddptrain
 ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-GROUND = {"errors", "keys", "files", "place", "generators"}
+GROUND = {"errors", "keys", "files", "place", "generators", "hashing"}
 PLAIN = GROUND | {"config", "targets", "compose", "run_directory", "state"}
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "place": {"errors"},
     "generators": set(),
+    "hashing": set(),
     "config": {"errors"},
     "sources": set(),
     "signatures": {"sources"},
@@ -38,18 +39,22 @@ ALLOWED: dict[str, set[str]] = {
     "optim": GROUND,
     "parallel": GROUND,
     "account": GROUND | {"tasks"},
-    "step": GROUND | PARTS | {"account", "config"},
+    "fingerprints": GROUND | PARTS,
+    "step": GROUND | PARTS | {"account", "config", "fingerprints"},
     "evaluate": GROUND | PARTS | {"account", "config"},
     # Called by the loop, and import none of it.
     "checkpoint": GROUND | {"state"},
     "observe": PLAIN,
-    "resilience": GROUND | {"data", "parallel", "account"},
+    "resilience": GROUND | {"data", "parallel", "tasks", "account"},
     "loop": PLAIN | PARTS | {"step", "evaluate", "checkpoint", "observe", "resilience"},
     "build": PLAIN | PARTS
-    | {"models", "account", "step", "evaluate", "checkpoint", "observe", "resilience", "loop"},
+    | {"models", "account", "fingerprints", "step", "evaluate", "checkpoint", "observe",
+       "resilience", "loop"},
     "launch": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "loop", "build"},
-    "cli": PLAIN | {"observe", "resilience", "launch"},
+    "verify": PLAIN | PARTS
+    | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
+    "cli": PLAIN | {"observe", "resilience", "launch", "verify"},
     "__main__": {"cli"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip

@@ -55,6 +55,24 @@ def test_order_does_not_depend_on_the_number_of_ranks(
     assert samples_of(plan, step, world_size) == samples_of(plan, step)
 
 
+@given(plans(), st.lists(WORLDS, min_size=1, max_size=4), st.data())
+def test_an_epoch_that_is_resumed_on_other_ranks_is_whole_and_in_order(
+    plan: Plan, worlds: list[int], data: st.DataObject
+) -> None:
+    """Stopped after any steps, each time going on with another number of ranks."""
+    steps = plan.steps_per_epoch
+    stops = sorted(data.draw(st.lists(st.integers(0, steps), max_size=len(worlds) - 1)))
+    seen: list[int] = []
+    for world_size, (first, last) in zip(worlds, pairwise([0, *stops, steps]), strict=False):
+        for step in range(first, last):
+            seen += samples_of(plan, step, world_size)
+    reached = [0, *stops, steps][min(len(worlds), len(stops) + 1)]
+    alone = [i for step in range(reached) for i in samples_of(plan, step)]
+    assert seen == alone
+    if reached == steps:
+        assert sorted(seen) == list(range(plan.samples))
+
+
 @given(plans(), WORLDS, st.integers(0, 1000))
 def test_ranks_share_out_the_micro_batches_of_one_process(
     plan: Plan, world_size: int, step: int

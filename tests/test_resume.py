@@ -33,17 +33,18 @@ from ddptrain.place import Place
 from ddptrain.run_directory import open_directory
 
 RANKS = 2
+EXACT = ("experiment=ragged", "parallel.reduction=exact")
 Command = list[str]
 
 
-def command(run_dir: Path, *overrides: str) -> Command:
-    base = [*TORCHRUN, str(RANKS), "-m", "ddptrain", "experiment=ragged"]
+def command(ranks: int, run_dir: Path, *overrides: str) -> Command:
+    base = [*TORCHRUN, str(ranks), "-m", "ddptrain", *EXACT]
     return [*base, f"run.dir={run_dir}", *overrides]
 
 
-def kill_at(step: int, attempt: int, run_dir: Path, *overrides: str) -> None:
+def kill_at(step: int, attempt: int, ranks: int, run_dir: Path, *overrides: str) -> None:
     """Start the run for the ``attempt``-th time; SIGKILL all its processes once past ``step``."""
-    process = start(command(run_dir, *overrides))
+    process = start(command(ranks, run_dir, *overrides))
     attempts, metrics = run_dir / "attempts.jsonl", run_dir / "metrics.jsonl"
     deadline = time.monotonic() + LIMIT_SECONDS
     while lines_of(attempts) < attempt or lines_of(metrics) < step:
@@ -61,21 +62,22 @@ def lines_of(file: Path) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    return train(run_dir, RANKS, "experiment=ragged"), run_dir
+    return train(run_dir, RANKS, *EXACT), run_dir
 
 
 def test_killed_runs_end_with_the_same_bits(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    """Three kills, each attempt with another number of data loading workers."""
+    """Three kills, each attempt on another number of ranks and of data loading workers."""
     result, run_dir = undisturbed
     seed = random.SystemRandom().randrange(1000)
     print(f"seed {seed}")  # shown by pytest if the test fails
     chance = random.Random(seed)
     again = tmp_path / "run"
-    for attempt, after in ((1, 0), (2, 60), (3, 120)):
-        kill_at(after + chance.randint(5, 50), attempt, again, f"data.workers={attempt - 1}")
-    finished = run(command(again, "data.workers=1"))
+    for attempt, ranks, after in ((1, 4, 0), (2, 3, 60), (3, 1, 120)):
+        step = after + chance.randint(5, 50)
+        kill_at(step, attempt, ranks, again, f"data.workers={attempt - 1}")
+    finished = run(command(RANKS, again, "data.workers=1"))
     assert finished.returncode == 0, finished.stderr[-3000:]
     ended = read_metrics(again), read_metrics(again, "val")
     assert ended == (read_metrics(run_dir), read_metrics(run_dir, "val"))
@@ -104,7 +106,7 @@ def test_another_config_is_refused(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     _, run_dir = undisturbed
-    refused = run([*DDPTRAIN, "experiment=ragged", f"run.dir={run_dir}", "optim.lr=0.5", "seed=3"])
+    refused = run([*DDPTRAIN, *EXACT, f"run.dir={run_dir}", "optim.lr=0.5", "seed=3"])
     assert refused.returncode == 2
     line = refused.stderr.strip()
     assert "\n" not in line
@@ -114,7 +116,7 @@ def test_another_config_is_refused(
 
 def test_resume_never_and_must(undisturbed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     _, run_dir = undisturbed
-    never = run([*DDPTRAIN, "experiment=ragged", f"run.dir={run_dir}", "run.resume=never"])
+    never = run([*DDPTRAIN, *EXACT, f"run.dir={run_dir}", "run.resume=never"])
     must = run([*DDPTRAIN, "experiment=ragged", f"run.dir={tmp_path / 'new'}", "run.resume=must"])
     assert (never.returncode, must.returncode) == (2, 2)
     assert "holds a checkpoint" in never.stderr
@@ -129,7 +131,7 @@ def test_torchrun_restart_finds_its_own_run(
     project = shutil.copytree(PROJECT, tmp_path / "project")
     overrides = ["task.culprit=1", "task.kill_at=60", f"task.once={tmp_path / 'killed'}"]
     launcher = [*TORCHRUN, str(RANKS), "--max-restarts=1", "-m", "ddptrain"]
-    finished = run([*launcher, "experiment=ragged", *overrides], project)
+    finished = run([*launcher, *EXACT, *overrides], project)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert (tmp_path / "killed").exists()
     (only,) = (project / "runs" / "ragged").iterdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,18 @@ class Checkpoints:
         """Whether a checkpoint with these metrics would be kept as one of the best."""
         if self.retention.keep_best == 0:
             return False
-        if self.metric not in metrics:
-            raise CheckpointError(
-                f"checkpoint.metric={self.metric}: the evaluation gives {', '.join(metrics)}"
-            )
+        self.check_metric(list(metrics))
         entries = [e for e in self._entries() if e.step != step]
         best = self.retention.best([*entries, Entry(step, metrics[self.metric])])
         return any(e.step == step for e in best)
+
+    def check_metric(self, names: list[str]) -> None:
+        """Raise ``CheckpointError`` if the metric to keep the best by is not among ``names``."""
+        if self.retention.keep_best and self.metric not in names:
+            close = get_close_matches(self.metric, names, 1)
+            hint = f"did you mean {close[0]}?" if close else "name one, or checkpoint.keep_best=0"
+            there_are = f"the task's metrics are {', '.join(names)}"
+            raise CheckpointError(f"checkpoint.metric={self.metric}: {there_are}; {hint}")
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint, if any has the metric."""

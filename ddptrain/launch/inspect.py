@@ -14,7 +14,6 @@ from ddptrain.data.fetch import Fetcher
 from ddptrain.errors import EXIT_COMPLETED, CheckpointError, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
-from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
@@ -34,7 +33,6 @@ def evaluate(run: RunDirectory, config: Config, which: str, split: str | None) -
     evaluation = Evaluation(
         task,
         Fetcher(build_source(config, split), ranks.device, config.data.workers),
-        DataParallel(ranks, config.parallel.bucket_mb),
         ranks,
         build_autocast(config.train.precision, ranks.device),
     )

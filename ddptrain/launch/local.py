@@ -8,6 +8,7 @@ import sys
 import uuid
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -31,6 +32,21 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
 
     The error of the rank that failed first is the last thing printed.
     """
+    error = start_ranks(["worker", str(run.path)], ranks, config.launch.max_restarts)
+    if error is None:
+        return EXIT_COMPLETED
+    rank, _ = error.get_first_failure()
+    log = next(Path(run.logs).glob(f"rank-{rank}.*"), run.logs)
+    return print_failure(error, f"its log: {log}")
+
+
+def start_ranks(
+    arguments: list[str], ranks: int, max_restarts: int = 0, output: Path | None = None
+) -> ChildFailedError | None:
+    """Run the command ``arguments`` as ``ranks`` ranks; return how they failed, if they did.
+
+    What they print goes to files under ``output``, if that is given, and to the screen if not.
+    """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launch = LaunchConfig(
@@ -40,27 +56,30 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=config.launch.max_restarts,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
+        logs_specs=None if output is None else DefaultLogsSpecs(str(output), redirects=Std.ALL),
     )
-    command = [sys.executable, "-m", "ddptrain", "worker", str(run.path)]
+    command = [sys.executable, "-m", "ddptrain", *arguments]
     try:
         elastic_launch(launch, entrypoint=command[0])(*command[1:])
     except ChildFailedError as error:
-        return _tell(error, run)
-    return EXIT_COMPLETED
+        return error
+    return None
 
 
-def _tell(error: ChildFailedError, run: RunDirectory) -> int:
-    """Print the first failure, last; return the exit code that it stands for."""
+def print_failure(error: ChildFailedError, otherwise: str) -> int:
+    """Print the first failure, last; return the exit code that it stands for.
+
+    ``otherwise`` is what to say of a rank that left no message.
+    """
     rank, failure = error.get_first_failure()
     message = failure.message
     if isinstance(message, dict):
         print(message["extraInfo"]["py_callstack"], file=sys.stderr)
     else:
-        log = next(Path(run.logs).glob(f"rank-{rank}.*"), run.logs)
         name = failure.signal_name()
         how = f"was killed by {name}" if failure.exitcode < 0 else f"exited {failure.exitcode}"
-        print(f"rank {rank}: {how}, without a word; its log: {log}", file=sys.stderr)
+        print(f"rank {rank}: {how}, without a word; {otherwise}", file=sys.stderr)
     known = (EXIT_REFUSED, EXIT_STOPPED)
     return failure.exitcode if failure.exitcode in known else EXIT_FAILED

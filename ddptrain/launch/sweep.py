@@ -20,20 +20,25 @@ def sweep(overrides: list[str]) -> int:
     """Train once for every combination of the comma-separated values; return the exit code.
 
     Hydra itself writes only ``multirun.yaml``, under ``runs/sweeps/``; each trial has its run's
-    directory. A trial returns ``checkpoint.metric`` to the sweeper. One that fails does not keep
-    the others from training; it is told at the end.
+    directory. A trial returns ``checkpoint.metric`` to the sweeper, which a grid does without. One
+    that fails does not keep the others from training; it is told at the end.
     """
     _check_values(overrides)
     failed: list[str] = []
+    values: dict[str, float | None] = {}
 
     @hydra.main(version_base="1.3", config_path=str(config_trees()[0]), config_name="config")
     def trial(_: DictConfig) -> float:
         chosen = [*HydraConfig.get().overrides.task, *whole_sections(overrides)]
+        told = " ".join(override.lstrip("+") for override in chosen)
         try:
-            return run_trial(chosen)
+            values[told] = value = run_trial(chosen, told)
+            if value is None and "basic" not in HydraConfig.get().sweeper["_target_"]:
+                raise TrainingError(f"{told}: checkpoint.metric is none of its metrics")
         except TrainingError as error:
             failed.append(str(error))
             return math.nan
+        return math.nan if value is None else value
 
     own = [
         "hydra.sweep.dir=runs/sweeps/${now:%Y%m%d-%H%M%S}",
@@ -45,6 +50,7 @@ def sweep(overrides: list[str]) -> int:
     ]
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
     trial()
+    print(_summary(values))
     if failed:
         raise TrainingError(f"{len(failed)} trials failed: {'; '.join(failed)}")
     return EXIT_COMPLETED
@@ -71,11 +77,13 @@ def _check_values(overrides: list[str]) -> None:
             compose([*chosen[:place], value, *chosen[place + 1 :]])
 
 
-def run_trial(overrides: list[str]) -> float:
-    """Train with these overrides in processes of their own; return ``checkpoint.metric``."""
+def run_trial(overrides: list[str], told: str) -> float | None:
+    """Train with these overrides in processes of their own.
+
+    Return ``checkpoint.metric``, NaN if it is not finite, None if the run has no such metric.
+    """
     config = compose(overrides)
     run = open_directory(config, overrides)
-    told = " ".join(override.lstrip("+") for override in overrides)
     print(f"\ntrial: {told}", flush=True)
     command = [sys.executable, "-m", "ddptrain", "train", *overrides, f"run.dir={run.path}"]
     done = subprocess.run(command, check=False)
@@ -83,9 +91,13 @@ def run_trial(overrides: list[str]) -> float:
         raise TrainingError(f"{told} exited {done.returncode}")
     metrics = json.loads(run.result.read_text())["metrics"]
     if config.checkpoint.metric not in metrics:
-        raise TrainingError(
-            f"{told}: checkpoint.metric={config.checkpoint.metric} is none of "
-            f"{', '.join(metrics) or 'its metrics, of which it has none'}"
-        )
+        return None
     value = metrics[config.checkpoint.metric]
     return math.nan if value is None else float(value)
+
+
+def _summary(values: dict[str, float | None]) -> str:
+    """A line for each trial that ended well, with its ``checkpoint.metric`` if it has it."""
+    told = {t: "" if value is None else f"{value:.4f}" for t, value in values.items()}
+    width = max(map(len, told.values()), default=0)
+    return "\n".join([f"\n{len(told)} trials:", *(f"  {v:{width}}  {t}" for t, v in told.items())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from datetime import timedelta
@@ -11,13 +12,15 @@ from typing import Any
 
 from ddptrain.build import build_trainer
 from ddptrain.compose import flatten, to_plain
-from ddptrain.config import Config, Resume
-from ddptrain.errors import EXIT_COMPLETED, NonFiniteError
+from ddptrain.config import Config, Reduction, Resume
+from ddptrain.errors import EXIT_COMPLETED, DivergenceError, NonFiniteError
 from ddptrain.files import lock
 from ddptrain.loop import Trainer
+from ddptrain.observe.console import say
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases
 from ddptrain.observe.result import summarise, write_result
+from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.resilience.failure import exit_with, leave_now
@@ -49,9 +52,15 @@ def run_rank(
         run = _agree_on_directory(config, ranks, overrides)
         open_log(run.logs, place)
         phases.mark("joining")
+        if config.parallel.reduction is Reduction.exact:
+            make_deterministic(ranks.device)
         trainer = build_trainer(config, ranks, run, phases)
         phases.mark("building")
         _train(trainer, run, began)
+        # DDP's hold on the process group must go before the group does: the group would end it
+        # with Python's lock held, for which one of its threads may be waiting.
+        trainer = None
+        gc.collect()
         ranks.leave()
     except BaseException as error:
         context = ""
@@ -73,7 +82,7 @@ def _train(trainer: Trainer, run: RunDirectory, began: float) -> None:
     if trainer.ranks.is_first:
         result = _result(trainer, "completed", began)
         write_result(run, result)
-        print(summarise(run, result, _example(trainer.task)), flush=True)
+        say(summarise(run, result, _example(trainer.task)))
     trainer.ranks.barrier()
 
 
@@ -123,7 +132,6 @@ def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> R
             config.run.resume = Resume.auto
         run = open_directory(config, overrides)
         lock(run.path)
-        run.result.unlink(missing_ok=True)
         path = str(run.path)
         if store is not None:
             store.set(RUN_KEY, path)
@@ -133,7 +141,7 @@ def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> R
 def _where(trainer: Trainer, error: BaseException) -> str:
     """The step, and where one was under way its samples on this rank."""
     current = trainer.step.current
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, NonFiniteError | DivergenceError):
         return ""  # it says itself where it happened, which is not where it was noticed
     if current is None:
         return f"after step {trainer.done}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -11,6 +12,16 @@ from ddptrain.observe.loggers import Scalars
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def say(text: str) -> None:
+    """Print ``text``; a screen that is gone (`| head`, a closed pager) ends no training."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what follows, and for Python's own last flush
+        os.close(nowhere)
 
 
 class Screen(Protocol):
@@ -50,10 +61,10 @@ class PlainLines:
             per_step = (time.monotonic() - self.began) / (step - self.first_step)
             left = timedelta(seconds=round(per_step * (self.total_steps - step)))
             line += f"  left {left}"
-        print(line, flush=True)
+        say(line)
 
     def close(self) -> None:
-        sys.stdout.flush()
+        """Every line was flushed."""
 
 
 class LiveBar:

@@ -23,17 +23,21 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object a line, each step and split once, over all resumes."""
+    """One object a line, each step once over all resumes; ``metrics.jsonl`` is one such file."""
 
     def __init__(self, file: Path, resumed_at: int) -> None:
         if file.exists():
             kept = [line for line in read_json_lines(file) if line["step"] <= resumed_at]
             replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
         self.stream = file.open("a", buffering=1)
+        self.is_empty = file.stat().st_size == 0
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(line) + "\n")
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        self.stream.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        self.write({"step": step, "split": split, **finite})
 
     def close(self) -> None:
         self.stream.close()

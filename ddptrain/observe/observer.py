@@ -13,7 +13,7 @@ import yaml
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config
 from ddptrain.files import replace_text
-from ddptrain.observe.console import Screen, Silent, open_screen
+from ddptrain.observe.console import Screen, Silent, open_screen, say
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
 from ddptrain.run_directory import RunDirectory, changes, computed, versions
@@ -24,14 +24,18 @@ logger = logging.getLogger(__name__)
 class Observer:
     """Hands numbers on to the screen, ``metrics.jsonl`` and TensorBoard; silent but on rank 0."""
 
-    def __init__(self, config: Config, run: RunDirectory, phases: Phases, speaks: bool) -> None:
+    def __init__(
+        self, config: Config, run: RunDirectory, phases: Phases, *, speaks: bool, world_size: int
+    ) -> None:
         self.config = config
         self.run = run
         self.phases = phases
         self.speaks = speaks
+        self.world_size = world_size
         self.screen: Screen = Silent()
         self.loggers: list[Logger] = []
         self.board: TensorBoard | None = None
+        self.fingerprints: JsonLines | None = None
         self.resumed_at = 0
         self.told: set[str] = set()
         self.history = History(run.path / "attempts.jsonl")
@@ -40,14 +44,21 @@ class Observer:
         """Begin, or go on after ``resumed_at`` steps: what was told of later ones is taken back."""
         if not self.speaks:
             return
-        self.history.begin(resumed_at, self.run.metrics)
+        before = self.history.begin(resumed_at, self.run, self.world_size)
+        self.run.result.unlink(missing_ok=True)
         lines = read_json_lines(self.run.metrics)
         self.told = {line["split"] for line in lines if line["step"] == resumed_at}
         self.resumed_at = resumed_at
+        if before is not None and not resumed_at:
+            say(f"starting {self.run.path} again from step 0: it has no checkpoint yet")
         if resumed_at:
-            print(
-                f"continuing {self.run.path} after {resumed_at} of {total_steps} steps", flush=True
-            )
+            line = f"continuing {self.run.path} after {resumed_at} of {total_steps} steps"
+            if before not in (None, self.world_size):
+                line += (
+                    f", on {self.world_size} rank(s) instead of {before}: the same samples, global "
+                    "batch and schedule, shared out anew"
+                )
+            say(line)
             then = self.run.provenance().get("versions", {})
             for change in changes(then, versions()):
                 logger.warning("the run began with other versions: %s", change)
@@ -84,6 +95,17 @@ class Observer:
         for each in self.loggers:
             each.log(step, split, scalars)
 
+    def begin_fingerprints(self, header: dict[str, Any]) -> None:
+        """Open the file of fingerprints; ``header`` says what its lines are of."""
+        if self.speaks:
+            self.fingerprints = JsonLines(self.run.fingerprints, self.resumed_at)
+            if self.fingerprints.is_empty:
+                self.fingerprints.write(header)
+
+    def fingerprint(self, record: dict[str, Any] | None) -> None:
+        if self.fingerprints is not None and record is not None:
+            self.fingerprints.write(record)
+
     def finish(self, step: int, metrics: Scalars, best: Scalars) -> None:
         """Write the run's row for TensorBoard's HPARAMS tab, and close everything."""
         if self.board is not None:
@@ -100,6 +122,9 @@ class Observer:
             except Exception:
                 logger.exception("%s could not be closed", type(each).__name__)
         self.loggers = []
+        if self.fingerprints is not None:
+            self.fingerprints.close()
+            self.fingerprints = None
 
 
 class History:
@@ -109,12 +134,24 @@ class History:
         self.file = file
         self.began = time.monotonic()
 
-    def begin(self, resumed_at: int, metrics: Path) -> None:
-        """Note a start. Steps logged past ``resumed_at`` by the last one are lost."""
-        last = max((line.get("step", 0) for line in read_json_lines(metrics)), default=0)
-        start = {"time": time.time(), "step": resumed_at, "lost_steps": max(0, last - resumed_at)}
+    def begin(self, resumed_at: int, run: RunDirectory, world_size: int) -> int | None:
+        """Note a start. Steps that the last one is known to have taken past it are lost.
+
+        Returns the number of ranks of the last start, if there was one.
+        """
+        before = [start.get("world_size") for start in read_json_lines(self.file)]
+        last = max((line.get("step", 0) for line in read_json_lines(run.metrics)), default=0)
+        # If the last start failed, it could still say where.
+        last = max(last, run.outcome().get("step", 0))
+        start = {
+            "time": time.time(),
+            "step": resumed_at,
+            "lost_steps": max(0, last - resumed_at),
+            "world_size": world_size,
+        }
         with self.file.open("a") as stream:
             stream.write(json.dumps(start) + "\n")
+        return before[-1] if before else None
 
     def totals(self) -> dict[str, int]:
         starts = list(read_json_lines(self.file))

@@ -32,5 +32,5 @@ class LossScale:
         grow = self.finite_steps >= GROWTH_INTERVAL
         self.finite_steps = torch.where(grow, 0.0, self.finite_steps)
         factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
-        self.value = (self.value * factor).clamp(SMALLEST, LARGEST)
+        self.value.mul_(factor).clamp_(SMALLEST, LARGEST)
         return fault

@@ -4,56 +4,55 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from re import search
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddptrain.parallel.ranks import Ranks
-from ddptrain.parallel.reduction import Sum
+from ddptrain.parallel.reduction import Reduction
 
 
 class Strategy(Protocol):
     """How replicas are kept one model."""
 
+    reduction: Reduction
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose backward sums gradients over the ranks, up to one common factor."""
 
-    def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """A context in which backward adds to the local gradients only."""
+    def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which backward adds to this rank's sum only."""
 
     def unreduced(self, wrapped: nn.Module) -> list[int]:
         """Which parameters the last backward did not reduce, by their place among those trained."""
 
-    def synchronise_buffers(self, module: nn.Module) -> None:
-        """Give every rank rank 0's buffers, before an evaluation or a save."""
-
 
 class DataParallel:
-    """`DistributedDataParallel`; with one rank nothing is wrapped."""
+    """`DistributedDataParallel`; one rank needs no wrapping, unless for the same bits."""
 
-    def __init__(self, ranks: Ranks, bucket_mb: float) -> None:
+    def __init__(self, ranks: Ranks, bucket_mb: float, reduction: Reduction) -> None:
         self.ranks = ranks
         self.bucket_mb = bucket_mb
+        self.reduction = reduction
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        if self.ranks.world_size == 1:
+        if self.ranks.world_size == 1 and not self.reduction.wraps_one_rank:
             return module
-        on_gpu = self.ranks.device.type == "cuda"
+        self.ranks.form_group()
         replica = DistributedDataParallel(
             module,
-            device_ids=[self.ranks.device] if on_gpu else None,
+            device_ids=[self.ranks.device] if self.ranks.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             bucket_cap_mb=self.bucket_mb,
         )
-        if not on_gpu:
-            replica.register_comm_hook(None, Sum(self.ranks.world_size).hook)
+        replica.broadcast_buffers = False  # they are moved alike on all ranks: see buffers.py
+        self.reduction.attach(replica)
         return replica
 
-    def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+    def accumulate(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         if isinstance(wrapped, DistributedDataParallel):
-            return wrapped.no_sync()
+            return self.reduction.accumulate(wrapped)
         return nullcontext()
 
     def unreduced(self, wrapped: nn.Module) -> list[int]:
@@ -67,8 +66,3 @@ class DataParallel:
                 raise
             return [int(index) for index in named[1].split()]
         return []
-
-    def synchronise_buffers(self, module: nn.Module) -> None:
-        if self.ranks.world_size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, src=0)

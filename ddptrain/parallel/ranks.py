@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from ddptrain.errors import Refused
 from ddptrain.place import Place
@@ -46,15 +46,21 @@ class Ranks:
             return
         self.store = _connect(place, timeout)
         if place.world_size > 1:
-            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(
-                backend,
-                store=PrefixStore(f"attempt-{place.restarts}", self.store),
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
-            )
+            self.form_group(PrefixStore(f"attempt-{place.restarts}", self.store), timeout)
+
+    def form_group(self, store: Store | None = None, timeout: timedelta | None = None) -> None:
+        """Form the process group, if there is none yet; one rank alone needs no ``store``."""
+        if dist.is_initialized():
+            return
+        on_gpu = self.device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=HashStore() if store is None else store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=self.device if on_gpu else None,
+        )
 
     @property
     def rank(self) -> int:

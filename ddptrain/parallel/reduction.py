@@ -1,12 +1,14 @@
-"""How a bucket of gradients is summed over the ranks: a communication hook of DDP's."""
+"""How the gradients of a step's micro-batches become one sum, on this rank and over all ranks."""
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 # torch 2.13 renamed it, and warns of the old name.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -15,39 +17,107 @@ GATHERED_BYTES = 1 << 20
 """Up to this many bytes, over all ranks, gathering is faster than gloo's ring."""
 
 
-class Sum:
-    """Sums buckets on the CPU: small ones gathered and added in rank order, large ones in a ring.
+class Reduction(Protocol):
+    """How gradients, and the moves of buffers, are added up over micro-batches and ranks."""
 
+    wraps_one_rank: bool
+    """Whether a run on one rank goes the same way, for the sake of the same bits."""
+
+    def attach(self, replica: DistributedDataParallel) -> None:
+        """Make ``replica`` reduce its buckets in this way."""
+
+    def accumulate(self, replica: DistributedDataParallel) -> AbstractContextManager[Any]:
+        """A context in which backward adds to this rank's sum only."""
+
+    def encode(self, values: Tensor) -> Tensor:
+        """What to add up, over micro-batches and ranks, instead of ``values`` (float64)."""
+
+    def decode(self, total: Tensor) -> Tensor:
+        """The sum of the values, float64, of which ``total`` is the sum of encodings."""
+
+    def objection(self, largest: float) -> str | None:
+        """Why a gradient whose largest element is ``largest`` cannot be added, if it cannot."""
+
+    def take_faint(self) -> list[Tensor]:
+        """Parameters whose gradients were too small, since the last call, to keep all digits."""
+
+
+class Summed:
+    """A sum over the ranks, in one dtype, in memory that is kept from step to step.
+
+    On the CPU small buckets are gathered and added in rank order, large ones go round a ring.
     Gloo's ring takes 2 (W - 1) turns with W ranks, and each turn wakes a thread; on a small bucket
     that is all it costs. A gather takes half of the turns, and every rank adds up the same numbers
-    in the same order. The sum is not divided by W: the account that is in it gives the mean.
+    in the same order.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self) -> None:
         self.gathered: dict[tuple[int, int], Tensor] = {}
 
-    def hook(self, _: None, bucket: GradBucket) -> Future[Tensor]:
-        """Begin to sum ``bucket`` in place; it is done when the future is."""
-        buffer = bucket.buffer()
-        if buffer.nbytes * self.world_size > GATHERED_BYTES:
-            ring: Future[list[Tensor]] = dist.all_reduce(buffer, async_op=True).get_future()
+    def start(self, index: int, values: Tensor) -> Future[Tensor]:
+        """Begin to sum ``values`` in place, the ``index``-th bucket; done when the future is."""
+        world_size = dist.get_world_size()
+        if world_size == 1:
+            return finished(values)
+        if values.is_cuda or values.nbytes * world_size > GATHERED_BYTES:
+            ring: Future[list[Tensor]] = dist.all_reduce(values, async_op=True).get_future()
             return ring.then(lambda done: done.value()[0])
-        gathered = self._gathered(bucket.index(), buffer)
-        gather: Future[Any] = all_gather(gathered, buffer, async_op=True).get_future()
+        gathered = self._memory(index, values, world_size)
+        gather: Future[Any] = all_gather(gathered, values, async_op=True).get_future()
 
         def add(done: Future[Any]) -> Tensor:
             done.value()  # raises what the gather failed with
-            first, second, *others = gathered.view(self.world_size, -1)
-            torch.add(first, second, out=buffer)
+            first, second, *others = gathered.view(world_size, -1)
+            torch.add(first, second, out=values)
             for other in others:
-                buffer.add_(other)
-            return buffer
+                values.add_(other)
+            return values
 
         return gather.then(add)
 
-    def _gathered(self, index: int, buffer: Tensor) -> Tensor:
-        key = index, buffer.numel()
+    def _memory(self, index: int, values: Tensor, world_size: int) -> Tensor:
+        key = index, values.numel()
         if key not in self.gathered:
-            self.gathered[key] = buffer.new_empty(buffer.numel() * self.world_size)
+            self.gathered[key] = values.new_empty(values.numel() * world_size)
         return self.gathered[key]
+
+
+def finished(value: Tensor) -> Future[Tensor]:
+    """A future that is done already."""
+    future: Future[Tensor] = Future(devices=[value.device] if value.is_cuda else None)
+    future.set_result(value)
+    return future
+
+
+class Mean:
+    """Floating-point addition: exact but for rounding, which depends on the number of ranks.
+
+    The sums are not divided by the number of ranks: the account that is in them gives the mean.
+    """
+
+    wraps_one_rank = False
+
+    def __init__(self) -> None:
+        self.summed = Summed()
+
+    def attach(self, replica: DistributedDataParallel) -> None:
+        if replica.device_type == "cpu":
+            replica.register_comm_hook(None, self._hook)
+
+    def _hook(self, _: None, bucket: GradBucket) -> Future[Tensor]:
+        return self.summed.start(bucket.index(), bucket.buffer())
+
+    def accumulate(self, replica: DistributedDataParallel) -> AbstractContextManager[Any]:
+        return replica.no_sync()
+
+    def encode(self, values: Tensor) -> Tensor:
+        return values
+
+    def decode(self, total: Tensor) -> Tensor:
+        return total
+
+    def objection(self, largest: float) -> str | None:
+        return None if largest < float("inf") else "is not finite"
+
+    def take_faint(self) -> list[Tensor]:
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from ddptrain.data.fetch import Source, to_device
 from ddptrain.data.plan import MicroBatch
 from ddptrain.generators import key_generators
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.parallel.reduction import Reduction
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,23 @@ class Culprit:
         return f"{self.what} on rank {self.rank}, samples {shown}"
 
 
-def explain(step: int, module: Accounted, source: Source, ranks: Ranks) -> str:
+def explain(
+    step: int, module: Accounted, source: Source, ranks: Ranks, reduction: Reduction
+) -> str:
     """Repeat the forward and backward of ``step`` without its update; every rank must call it.
 
     The weights must be those before the step. Sample by sample where a micro-batch is at fault.
     Buffers are left as they were.
     """
+    fault = partial(_fault, module=module, source=source, ranks=ranks, reduction=reduction)
     before = [buffer.clone() for buffer in module.buffers()]
     mine: list[Culprit] = []
     for micro_batch in source.plan.micro_batches(step, ranks.rank, ranks.world_size):
         indices = source.plan.indices(micro_batch).tolist()
-        if (what := _fault(indices, micro_batch, module, source, ranks)) is None:
+        if (what := fault(indices, micro_batch)) is None:
             continue
         try:
-            single = [i for i in indices if _fault([i], micro_batch, module, source, ranks)]
+            single = [i for i in indices if fault([i], micro_batch)]
         except Exception:  # a model need not take one sample alone: BatchNorm does not
             single = []
         mine.append(Culprit(ranks.rank, what, single or indices))
@@ -53,15 +58,29 @@ def explain(step: int, module: Accounted, source: Source, ranks: Ranks) -> str:
 
 
 def _fault(
-    indices: list[int], micro_batch: MicroBatch, module: Accounted, source: Source, ranks: Ranks
+    indices: list[int],
+    micro_batch: MicroBatch,
+    module: Accounted,
+    source: Source,
+    ranks: Ranks,
+    reduction: Reduction,
 ) -> str | None:
     batch = to_device(source.of_indices(indices, micro_batch), ranks.device)
     key_generators(source.plan.forward_key(micro_batch), ranks.device)
     total = module(batch)
     total.backward()
-    finite = all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters())
+    largest = {
+        name: parameter.grad.abs().max().item()
+        for name, parameter in module.task.named_parameters()
+        if parameter.grad is not None and parameter.grad.numel()
+    }
     for parameter in module.parameters():
         parameter.grad = None
     if not torch.isfinite(total):
         return f"the loss is {total.item()}"
-    return None if finite else "a gradient is not finite"
+    if why := reduction.objection(abs(total.item())):
+        return f"the loss {why}"
+    for name, value in largest.items():
+        if why := reduction.objection(value):
+            return f"the gradient of {name} {why}"
+    return None

@@ -1,4 +1,4 @@
-"""The mean of a loss over a split, by sums: what is not finite shows, and no count is lost."""
+"""The mean of a loss over a split, in its order: the same bits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from torchmetrics import Metric
 
 
 class Mean(Metric):
-    """Σ sums ÷ Σ counts in float64. torchmetrics' own leaves NaN out, and so hides it."""
+    """Σ sums ÷ Σ counts in float64, with one sum and count kept per micro-batch.
 
-    total: Tensor
-    count: Tensor
+    torchmetrics' own leaves NaN out, and so hides it; and it adds up each rank's part first.
+    """
+
+    totals: list[Tensor]
+    counts: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        zero = torch.zeros((), dtype=torch.float64)
-        self.add_state("total", zero, dist_reduce_fx="sum")
-        self.add_state("count", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("totals", [], dist_reduce_fx="cat")
+        self.add_state("counts", [], dist_reduce_fx="cat")
 
     def update(self, total: Tensor, count: Tensor | float) -> None:
-        self.total += total.detach()
-        self.count += count
+        self.totals.append(total.detach().double())
+        self.counts.append(torch.as_tensor(count, dtype=torch.float64, device=total.device))
 
     def compute(self) -> Tensor:
-        return self.total / self.count
+        return torch.stack(self.totals).sum() / torch.stack(self.counts).sum()

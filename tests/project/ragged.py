@@ -102,8 +102,8 @@ class Network(nn.Module):
 class Tagging(Task):
     """Cross-entropy over the tokens that are not padding; can be told to fail.
 
-    ``kill_at`` and ``raise_at`` are forwards of rank ``culprit``, counted from the process's start;
-    a kill happens only before the file ``once`` exists, which it makes.
+    ``flip_at``, ``kill_at`` and ``raise_at`` are forwards of rank ``culprit``, counted from the
+    process's start; a kill happens only before the file ``once`` exists, which it makes.
     """
 
     def __init__(
@@ -115,6 +115,8 @@ class Tagging(Task):
         once: str | None = None,
         double: bool = False,
         in_place: bool = False,
+        flip_at: int | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model.double() if double else model
@@ -123,6 +125,8 @@ class Tagging(Task):
         self.kill_at = kill_at
         self.once = once
         self.in_place = in_place
+        self.flip_at = flip_at
+        self.scale = scale
         self.forwards = 0
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
@@ -131,6 +135,9 @@ class Tagging(Task):
             raise KeyError("a bug in user code")
         if self.is_culprit and self.forwards == self.kill_at and self._not_yet():
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.is_culprit and self.forwards == self.flip_at:
+            bits = next(self.parameters()).data.view(torch.int32)
+            bits[0] ^= 1  # a bad memory cell
         target = batch["target"]
         logits = self.model(batch["tokens"])
         total = functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
@@ -140,7 +147,7 @@ class Tagging(Task):
             exponential += 1  # which backward still needs
         kept = target >= 0
         right = ((logits.argmax(1) == target) & kept).sum()
-        return Loss(total, kept.sum(), {"accuracy": (right, kept.sum())})
+        return Loss(total * self.scale, kept.sum(), {"accuracy": (right, kept.sum())})
 
     def _not_yet(self) -> bool:
         if self.once is None:

@@ -1,0 +1,153 @@
+"""`ddptrain diff` names the first step in which two runs differ, and what differed first in it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import DDPTRAIN, TORCHRUN, run
+
+from ddptrain.hashing import BLOCK, hash_tensor
+from ddptrain.observe.difference import Fingerprints
+from ddptrain.resilience.divergence import describe
+
+RUN = [
+    *("experiment=ragged", "train.max_steps=6", "log.tensorboard=false", "log.fingerprint_every=1"),
+    *("data.val=null", "eval.every_steps=null", "checkpoint.keep_best=0"),
+]
+Runs = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    two_ranks = [*TORCHRUN, "2", "-m", "ddptrain"]
+    for name, launcher, overrides in (
+        ("one", DDPTRAIN, ["parallel.reduction=exact"]),
+        ("two", two_ranks, ["parallel.reduction=exact", "log.every_steps=2"]),
+        ("mean", two_ranks, []),
+    ):
+        finished = run([*launcher, *RUN, f"run.dir={folder / name}", *overrides])
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    shutil.copytree(folder / "mean", folder / "bare")
+    (folder / "bare" / "fingerprints.jsonl").unlink()
+    return {name: folder / name for name in ("one", "two", "mean", "bare")}
+
+
+@pytest.mark.parametrize(
+    ("other", "code", "expected"),
+    [
+        ("two", 0, ["config: log.every_steps: 1 → 2", "ranks: 1 → 2",
+                    "the same: 6 recorded steps are equal, and the same weights after step 6"]),
+        ("mean", 1, ["config: parallel.reduction: exact → mean", "ranks: 1 → 2",
+                     "step 1: the gradient differs first: model.first.weight"]),
+    ],
+)  # fmt: skip
+def test_runs_are_compared(runs: Runs, other: str, code: int, expected: list[str]) -> None:
+    finished = run([*DDPTRAIN, "diff", str(runs["one"]), str(runs[other])])
+    assert finished.returncode == code, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert len(lines) == len(expected)
+    for line, beginning in zip(lines, expected, strict=True):
+        assert line.startswith(beginning)
+    assert ("which may be rounding" in lines[-1]) == (other == "mean")
+    assert ("no fingerprints in" in lines[-1]) == (other == "bare")
+
+
+def test_what_is_no_run_is_refused(runs: Runs, tmp_path: Path) -> None:
+    finished = run([*DDPTRAIN, "diff", str(runs["one"]), str(tmp_path)])
+    assert finished.returncode == 2
+    assert "not a run" in finished.stderr
+
+
+HEADER = {"step": 0, "parameters": ["w"], "tensors": ["w", "mean"], "weights": ["0", "0"]}
+RECORD = {"samples": "a", "batch": "b", "gradients": ["c"], "norms": [1.0], "weights": ["d", "e"]}
+
+
+def recorded(*steps: int) -> Fingerprints:
+    return Fingerprints(
+        copy.deepcopy(HEADER), {step: copy.deepcopy({"step": step, **RECORD}) for step in steps}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"samples": "x", "weights": ["y", "e"]}, "step 2: the data differs first: it takes other"),
+        ({"batch": "x", "gradients": ["y"]}, "step 2: the data differs first: the same samples"),
+        ({"gradients": ["x"], "norms": [1.5]}, "step 2: the gradient differs first: w; norms"),
+        ({"weights": ["d", "x"]}, "step 2: the weights differ first, after equal gradients: mean"),
+    ],
+)
+def test_the_first_link_that_differs_is_named(changed: dict[str, Any], expected: str) -> None:
+    one, other = recorded(1, 2, 3), recorded(1, 2, 3)
+    other.steps[2].update(changed)
+    other.steps[3].update(samples="z")
+    told = one.parting(other)
+    assert told is not None
+    assert told.startswith(expected)
+    assert one.parting(recorded(2, 3, 4)) is None
+
+
+def test_steps_between_records_are_not_passed_over_in_silence() -> None:
+    one, other = recorded(10, 20), recorded(5, 10, 15, 20)
+    other.steps[20].update(batch="x")
+    assert "nothing is recorded of the steps 11 to 19" in str(one.parting(other))
+
+
+def test_other_weights_at_the_start_and_other_models_are_told() -> None:
+    one, other, wider = recorded(1), recorded(1), recorded(1)
+    other.header["weights"] = ["0", "1"]
+    wider.header["parameters"] = ["w", "v"]
+    assert str(one.parting(other)) == "before step 1: other weights: mean"
+    assert str(one.parting(wider)) == "from the start: other parameters: v"
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 5),
+        torch.randn(7).bfloat16(),
+        torch.randn(4).double(),
+        torch.randint(256, (9,), dtype=torch.uint8),
+        torch.tensor([True, False]),
+        torch.randn(BLOCK + 3),
+    ],
+    ids=lambda tensor: f"{tensor.dtype}-{tensor.numel()}",
+)
+def test_a_flipped_bit_always_changes_the_hash(tensor: torch.Tensor) -> None:
+    before = hash_tensor(tensor)
+    data = tensor.view(-1).view(torch.uint8)
+    for place in {0, len(data) // 2, len(data) - 1}:
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            assert hash_tensor(tensor) != before
+            data[place] ^= 1 << bit
+    assert hash_tensor(tensor) == before
+
+
+def test_places_that_are_exchanged_change_the_hash() -> None:
+    tensor = torch.randn(100)
+    assert hash_tensor(tensor) != hash_tensor(tensor.flip(0))
+    assert hash_tensor(tensor[::2]) == hash_tensor(tensor[::2].clone())
+    assert hash_tensor(torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "expected"),
+    [
+        ([(1, 2), (1, 3), (1, 2)], "rank 1 holds other weights than the 2 others, first in b;"),
+        ([(4, 2), (1, 3), (1, 3), (1, 3), (1, 7)],
+         "ranks 0 and 4 hold other weights than the 3 others, first in a;"),
+        ([(1, 2), (1, 3)], "ranks 0 and 1 hold different weights, first in b;"),
+        ([(1, 2), (5, 3), (7, 2)], "ranks 0, 1 and 2 hold different weights, first in a;"),
+    ],
+)  # fmt: skip
+def test_divergence_names_the_ranks_and_the_first_tensor(
+    of_ranks: list[tuple[int, ...]], expected: str
+) -> None:
+    assert f"after step 7: {expected}" in describe(7, of_ranks, ["a", "b"])
