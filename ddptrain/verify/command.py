@@ -1,0 +1,50 @@
+"""`ddptrain verify`: starts the ranks once, waits for their report, and shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import yaml
+
+from ddptrain.compose import to_plain
+from ddptrain.config import Config, Device
+from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
+from ddptrain.launch.local import print_failure, start_ranks
+from ddptrain.verify.rank import ORDER, REPORT
+
+WORDS = 4000
+"""Characters of what a rank that died without a word had printed."""
+
+
+def verify(config: Config, world_sizes: list[int], steps: int) -> int:
+    """Run the trials in a folder that is gone afterwards; return the exit code."""
+    ranks = max(world_sizes)
+    if config.train.device is Device.auto:
+        enough = torch.cuda.device_count() >= ranks
+        config.train.device = Device.cuda if enough else Device.cpu
+    order = {"steps": steps, "world_sizes": world_sizes, "compiles": config.train.compile}
+    # Hooks cannot look into a compiled model; and nothing must be pruned, shown or compared here.
+    config.train.compile = False
+    config.checkpoint.keep_last, config.checkpoint.keep_best = steps + 1, 0
+    config.run.dir = None
+    with TemporaryDirectory(prefix="ddptrain-verify-") as name:
+        folder = Path(name)
+        (folder / ORDER).write_text(yaml.safe_dump({**order, "config": to_plain(config)}))
+        error = start_ranks(["verify-rank", name], ranks, output=folder / "output")
+        file = folder / REPORT
+        if error is not None and not file.exists():
+            return print_failure(error, _last_words(folder))
+        report = json.loads(file.read_text())
+    print(report["text"])
+    return EXIT_COMPLETED if report["holds"] else EXIT_FAILED
+
+
+def _last_words(folder: Path) -> str:
+    """What the ranks wrote to stderr, for want of a message."""
+    files = sorted((folder / "output").rglob("stderr.log"))
+    return (
+        "".join(file.read_text(errors="replace")[-WORDS:] for file in files).strip() or "nor output"
+    )
