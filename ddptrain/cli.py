@@ -17,7 +17,7 @@ from ddptrain.config import Config, Resume, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.place import Place
-from ddptrain.resilience.failure import tell_agent
+from ddptrain.resilience.failure import is_first_to_say, tell_agent
 from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory, origin
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[parsed.command](parsed)
     except TrainingError as error:
         line = f"ddptrain: {error}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_to_say():
             print(line, file=sys.stderr, flush=True)
         tell_agent(line)
         return error.exit_code

@@ -64,6 +64,21 @@ def tell_agent(message: str) -> None:
     Path(file).write_text(json.dumps(content))
 
 
+def is_first_to_say() -> bool:
+    """Whether this rank is the one of its node that says on the screen what all of them met.
+
+    Not always local rank 0: the agent ends all ranks as soon as one has left, so the first speaks.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        Path(file).parent.parent.joinpath("said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def _summary(error: BaseException) -> str:
     if isinstance(error, TrainingError):
         return str(error)
