@@ -7,6 +7,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 RUN_TIME_NAMES = {"globals", "locals", "vars", "exec", "eval", "setattr"}
 Definition = ast.ClassDef | ast.FunctionDef
@@ -74,13 +75,19 @@ def read_scope(file: Path) -> Scope | None:
             scope.binds_more = True
     for statement in _statements(tree):
         names = names_bound_by(statement)
-        if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
-            scope.stars.append(statement)
+        if _is_star(statement):
+            scope.stars.append(cast("ast.ImportFrom", statement))
+        elif any(map(_is_star, ast.walk(statement))):
+            scope.binds_more = True  # all the names of one of two modules, as with decimal's
         for name in names:
             scope.bound[name] = scope.bound.get(name, 0) + 1
             scope.plain[name] = statement
     scope.binds_more |= "__getattr__" in scope.bound
     return scope
+
+
+def _is_star(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
 
 
 def _statements(tree: ast.Module) -> list[ast.stmt]:

@@ -738,6 +738,7 @@ def test_valid_calls_of_libraries_are_never_refused(library: str) -> None:
         node("math.sqrt", _args_=[4]),
         node("pathlib.Path", _args_=["x"]),
         node("datetime.timedelta", days=1),
+        node("decimal.Decimal", value="1"),
         node("random.Random", _args_=[3]),
         node("hydra.utils.get_class", path="torch.nn.Linear"),
         node("logging.getLogger", name="x"),
