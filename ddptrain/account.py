@@ -92,12 +92,15 @@ def _kind(value: object) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
+Logs = dict[str, tuple[float, float]]
+
+
 class Window:
     """Sums since the last log line: this rank's logged values by name, and the global account."""
 
     def __init__(self, device: torch.device) -> None:
         self.account = torch.zeros(3, device=device)
-        self.logs: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.of_this_step: dict[str, Tensor] = {}
 
     def add(self, loss: Loss) -> int:
@@ -126,29 +129,44 @@ class Window:
         """Add what a step recorded, unless it was ``bad``: a skipped step leaves no trace."""
         self.account += account.where(~bad, 0.0)
         for name, entry in self.of_this_step.items():
-            _add(self.logs, name, entry.where(~bad, 0.0))
+            _add(self.sums, name, entry.where(~bad, 0.0))
         self.of_this_step = {}
 
-    def take_logs(self) -> dict[str, tuple[float, float]]:
-        """Return (sum, count) by name of what this rank logged, and start a new window."""
+    def logs(self) -> Logs:
+        """(sum, count) by name of what this rank logged."""
         for name in list(self.of_this_step):
-            _add(self.logs, name, self.of_this_step.pop(name))
-        taken = {name: (pair[0].item(), pair[1].item()) for name, pair in self.logs.items()}
-        self.logs = {}
-        return taken
+            _add(self.sums, name, self.of_this_step.pop(name))
+        return {name: (pair[0].item(), pair[1].item()) for name, pair in self.sums.items()}
+
+    def clear(self) -> None:
+        """Start a new window."""
+        self.account.zero_()
+        self.sums = {}
+
+    def load(self, account: list[float], logs: Logs) -> None:
+        """Go on from a window in which this had been recorded."""
+        self.account.copy_(self.account.new_tensor(account))
+        device = self.account.device
+        self.sums = {
+            name: torch.tensor(pair, dtype=torch.float64, device=device)
+            for name, pair in logs.items()
+        }
 
 
 def _add(sums: dict[str, Tensor], name: str, entry: Tensor) -> None:
     sums[name] = sums[name] + entry if name in sums else entry
 
 
-def merge_logs(of_ranks: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    """The exact weighted mean by name over ranks, whichever of them logged it, in any order."""
+def add_logs(of_ranks: list[Logs]) -> Logs:
+    """(sum, count) by name over ranks, whichever of them logged it, in any order."""
     names = sorted({name for logs in of_ranks for name in logs})
-    merged = {}
+    added = {}
     for name in names:
         pairs = [logs[name] for logs in of_ranks if name in logs]
-        count = sum(pair[1] for pair in pairs)
-        if count:
-            merged[name] = sum(pair[0] for pair in pairs) / count
-    return merged
+        added[name] = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    return added
+
+
+def means(logs: Logs) -> dict[str, float]:
+    """The weighted mean by name."""
+    return {name: total / count for name, (total, count) in logs.items() if count}

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""By bytes of an element: 32 bits, times an odd number, leave no bit where only carries go."""
 _odd: dict[torch.device, Tensor] = {}
 
 
 def hash_tensor(tensor: Tensor) -> Tensor:
     """A 64-bit hash of the bits of ``tensor``, as a scalar int64 tensor on its device.
 
-    Each element's bits times an odd number of its own, added up modulo 2⁶⁴: integer arithmetic,
-    so the device's order does not matter, and one flipped bit always shows. Elements that change
-    places show too. It is no defence against someone who wants two tensors to hash alike.
+    Each element's bits times an odd number of its own, its upper half then folded into its lower,
+    added up modulo 2⁶⁴: integer arithmetic, so the device's order does not matter, and one flipped
+    bit always shows. Elements that change places show too, and signs that do. It is no defence
+    against someone who wants two tensors to hash alike.
     """
     flat = tensor.detach().contiguous().view(-1)
     if flat.is_complex():
@@ -25,7 +27,9 @@ def hash_tensor(tensor: Tensor) -> Tensor:
     bits = flat.view(INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for index, block in enumerate(torch.split(bits, BLOCK)):
-        total += (block * _multipliers(block)).sum() * (2 * index + 1)
+        products = block * _multipliers(block)
+        folded = (products >> 32).bitwise_and_(0xFFFF_FFFF).bitwise_xor_(products)
+        total += folded.sum() * (2 * index + 1)
     return total
 
 

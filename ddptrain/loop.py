@@ -135,12 +135,15 @@ class Trainer:
         """Write a checkpoint of this step, with the metrics of evaluations at this step."""
         self.stop_if_not_finite()
         with self.clock.paused():
-            self.replicas.compare(self.done)
-            self.replicas.settle()
-            if self.ranks.is_first:
-                self.checkpoints.save(
-                    self.done, self.task, self.step.optimizer, self.step.numbers(), self.metrics
-                )
+            self.write()
+
+    def write(self) -> None:
+        """Write the checkpoint, once the replicas are known to be equal."""
+        self.replicas.compare(self.done)
+        self.replicas.settle()
+        numbers = self.step.numbers()
+        if self.ranks.is_first:
+            self.checkpoints.save(self.done, self.task, self.step.optimizer, numbers, self.metrics)
 
     def stop_if_not_finite(self) -> None:
         """Stop the run if a step's numbers were not finite; the weights are those before it."""
@@ -148,11 +151,9 @@ class Trainer:
         if fault is None:
             return
         self.done = fault
-        what = explain(
-            fault, self.step.module, self.fetcher.source, self.ranks, self.step.reduction
-        )
-        if self.ranks.is_first:
-            self.checkpoints.save(fault, self.task, self.step.optimizer, self.step.numbers(), {})
+        self.metrics = {}
+        what = explain(fault, self.step.module, self.fetcher.source, self.ranks, self.step.buffers)
+        self.write()
         raise NonFiniteError(
             f"{what}; stopped, the weights before that step are saved as its checkpoint; "
             "train.nonfinite=skip passes over such steps"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ddptrain.account import Accounted, merge_logs
+from ddptrain.account import Accounted, add_logs, means
 from ddptrain.config import NonFinite
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
@@ -71,6 +72,7 @@ class Step:
         # DDP lays its buckets out anew after its first backward, and where a number lies in a
         # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
         self.replica(None).backward()
+        self.reduction.relay()
         self._clear_gradients()
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
@@ -87,9 +89,13 @@ class Step:
         torch._foreach_mul_(gradients, divisor.reciprocal())
         # Zero times a number is zero, unless the number is infinite or NaN.
         bad = (self.norm + account[1]) * 0 != 0
+        hopeless = self.reduction.beyond()
+        if (stray := self.buffers.arrive(len(self.plan.micro_batches(step)))) is not None:
+            bad = bad | stray
+            hopeless = stray if hopeless is None else hopeless | stray
         self._follow_schedule(step)
         self._record(account, bad)
-        self._update(step, self._must_skip(bad))
+        self._update(self._must_skip(bad, hopeless))
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
@@ -147,9 +153,9 @@ class Step:
             account = account / self.loss_scale.value
         self.module.window.end_step(account, bad)
 
-    def _must_skip(self, bad: Tensor) -> Tensor:
+    def _must_skip(self, bad: Tensor, hopeless: Tensor | None) -> Tensor:
         """1 if the weights are to be left alone, else 0: after a fault that stops, for good."""
-        fault = bad if self.loss_scale is None else self.loss_scale.update(bad)
+        fault = bad if self.loss_scale is None else self.loss_scale.update(bad, hopeless)
         if self.nonfinite is NonFinite.skip:
             self.faults += fault
             return bad.float()
@@ -157,13 +163,13 @@ class Step:
         self.faults += stopped
         return stopped if self.loss_scale is None else stopped.maximum(bad.float())
 
-    def _update(self, step: int, skip: Tensor) -> None:
+    def _update(self, skip: Tensor) -> None:
         if self.skips_on_device:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip.item():
             self.optimizer.step()
-        self.buffers.move(len(self.plan.micro_batches(step)), skip)
+        self.buffers.move(skip)
         self._clear_gradients()
 
     def _clear_gradients(self) -> None:
@@ -182,14 +188,14 @@ class Step:
         scale = self.norm if self.loss_scale is None else self.loss_scale.value
         numbers = torch.stack([*window.account, self.norm, self.faults, scale]).tolist()
         count, total, told, norm, faults, scale_now = numbers
-        window.account.zero_()
         scalars = {
             "loss": total / count if count else float("nan"),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
         }
         if told:
-            scalars |= merge_logs(self.ranks.gather(window.take_logs()))
+            scalars |= means(add_logs(self.ranks.gather(window.logs())))
+        window.clear()
         if faults:
             scalars["skipped_steps"] = faults
         if self.loss_scale is not None:
@@ -204,24 +210,36 @@ class Step:
                 self.told_faint.add(name)
                 logger.warning(
                     "the gradient of %s was so small in a step that its sum over micro-batches "
-                    "kept fewer digits than float32 has (exact sums keep what is above 2**-68): "
-                    "multiply the loss's sum and its count by 2**20, which leaves their ratio, or "
-                    "use parallel.reduction=mean",
+                    "kept fewer digits than float32 has, or none (exact sums keep what is above "
+                    "2**-68): multiply the loss's sum and its count by 2**20, or more if this is "
+                    "said again, which leaves their ratio, or use parallel.reduction=mean",
                     name,
                 )
 
-    def numbers(self) -> dict[str, float]:
-        """What a checkpoint must hold besides tensors of the model and the optimiser."""
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides tensors of the model and the optimiser.
+
+        Every rank must call it. What was recorded for the next log line is among it, for a curve
+        that does not show where a run was stopped.
+        """
         skipping = self.nonfinite is NonFinite.skip
-        numbers = {"skipped_steps": self.faults.item() if skipping else 0.0}
+        window = self.module.window
+        account = window.account.tolist()
+        logs = add_logs(self.ranks.gather(window.logs())) if account[2] else {}
+        numbers = {
+            "skipped_steps": self.faults.item() if skipping else 0.0,
+            "window": {"account": account, "logs": logs},
+        }
         if self.loss_scale is not None:
             numbers["loss_scale"] = self.loss_scale.value.item()
             numbers["finite_steps"] = self.loss_scale.finite_steps.item()
         return numbers
 
-    def load_numbers(self, numbers: dict[str, float]) -> None:
+    def load_numbers(self, numbers: dict[str, Any]) -> None:
         """Put back what ``numbers`` returned."""
         self.faults.fill_(numbers["skipped_steps"])
+        window = numbers["window"]
+        self.module.window.load(window["account"], window["logs"] if self.ranks.is_first else {})
         if self.loss_scale is not None and "loss_scale" in numbers:
             self.loss_scale.value.fill_(numbers["loss_scale"])
             self.loss_scale.finite_steps.fill_(numbers["finite_steps"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ddptrain.account import Window, merge_logs
+from ddptrain.account import Window, add_logs, means
 from ddptrain.build import build_trainer
 from ddptrain.compose import compose
 from ddptrain.config import Config
@@ -217,7 +217,7 @@ def differing_logs(ranks: Ranks) -> dict[str, float]:
         if ranks.rank % 2:
             logs = dict(reversed(logs.items()))
         window.add(Loss(one, sample + 1, logs))
-    return merge_logs(ranks.gather(window.take_logs()))
+    return means(add_logs(ranks.gather(window.logs())))
 
 
 def main(file: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddptrain.account import RESERVED, Accounted, Window, merge_logs
+from ddptrain.account import RESERVED, Accounted, Window, add_logs, means
 from ddptrain.config import NonFinite
 from ddptrain.data.plan import Plan
 from ddptrain.errors import TrainingError
@@ -69,13 +69,17 @@ def test_logged_values_are_exact_weighted_means(
             chance.shuffle(names)
             told = window.add(Loss(ONE, count, {name: logs[name] for name in names}))
             assert told == len(logs)
-        taken.append(window.take_logs())
-        assert window.take_logs() == {}
-    merged = merge_logs(taken)
+        taken.append(window.logs())
+        again = Window(CPU)  # as after a resume
+        again.load(window.account.tolist(), window.logs())
+        assert again.logs() == taken[-1]
+        window.clear()
+        assert window.logs() == {}
+    merged = means(add_logs(taken))
     assert merged == pytest.approx(exact_means(of_ranks), rel=1e-12, abs=1e-12)
     assert list(merged) == sorted(merged)
     chance.shuffle(taken)
-    assert merge_logs(taken) == pytest.approx(merged, rel=1e-12, abs=1e-12)
+    assert means(add_logs(taken)) == pytest.approx(merged, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +100,9 @@ def test_logged_values_are_exact_weighted_means(
 def test_any_scalar_may_be_logged(value: Any) -> None:
     window = Window(CPU)
     window.add(Loss(ONE, 7, {"quarter": value}))
-    logged = window.take_logs()
+    logged = window.logs()
     assert not any(isinstance(part, Tensor) for part in logged["quarter"])
-    assert merge_logs([logged]) == {"quarter": 0.25}
+    assert means(logged) == {"quarter": 0.25}
 
 
 def test_whole_numbers_and_doubles_keep_their_digits() -> None:
@@ -107,7 +111,7 @@ def test_whole_numbers_and_doubles_keep_their_digits() -> None:
     window.add(Loss(ONE, 1, {"tokens": 2**24 + 1, "fine": torch.tensor(1 + 1e-12).double()}))
     window.add(Loss(ONE, 3, {"third": torch.tensor(1 / 3, dtype=torch.float64)}))
     exact = torch.tensor(1 + 1e-12).double().item()
-    assert merge_logs([window.take_logs()]) == {"tokens": 2**24 + 1, "fine": exact, "third": 1 / 3}
+    assert means(window.logs()) == {"tokens": 2**24 + 1, "fine": exact, "third": 1 / 3}
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))

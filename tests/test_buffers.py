@@ -23,13 +23,16 @@ REDUCTIONS: list[Callable[[], Reduction]] = [Mean, lambda: Exact(8)]
 
 def take_step(
     module: nn.Module, buffers: Buffers, batches: list[Tensor], skip: float = 0.0
-) -> None:
+) -> bool:
+    """Return whether the buffers move by what cannot be added."""
     buffers.begin()
     for batch in batches:
         module(batch)
         buffers.collect()
     buffers.reduce()
-    buffers.move(len(batches), torch.tensor(skip))
+    stray = buffers.arrive(len(batches))
+    buffers.move(torch.tensor(skip))
+    return stray is not None and bool(stray)
 
 
 def of(module: nn.Module, reduction: Reduction) -> Buffers:
@@ -76,9 +79,59 @@ def test_a_step_that_is_skipped_moves_nothing(make: Callable[[], Reduction]) -> 
 def test_moves_that_cannot_be_added_exactly_are_not_hidden() -> None:
     norm = nn.BatchNorm1d(3)
     buffers = of(norm, Exact(8))
-    take_step(norm, buffers, [torch.full((5, 3), 1e20), torch.randn(5, 3)])
-    assert norm.running_mean is not None
-    assert norm.running_mean.isnan().any()
+    assert not take_step(norm, buffers, [torch.randn(5, 3)])
+    assert take_step(norm, buffers, [torch.full((5, 3), 1e20), torch.randn(5, 3)])
+
+
+class Constants(nn.Module):
+    """Buffers of all kinds that no forward changes, beside one that each does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.nan, -0.0]))
+        self.register_buffer("rotary", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("large", torch.tensor([2**60 + 1]))
+        self.register_buffer("view", torch.ones(1).expand(4))
+        self.register_buffer("turning", torch.ones(2, dtype=torch.complex64))
+        self.register_buffer("tokens", torch.tensor([2**60 + 1]))
+        self.register_buffer("lowest", torch.full((2,), torch.inf))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
+
+    def forward(self, batch: Tensor) -> None:
+        self.turning *= 1j
+        self.tokens += 2**20
+        self.seen |= True
+        self.lowest[0] = torch.inf
+
+
+@pytest.mark.parametrize("make", REDUCTIONS)
+def test_constants_of_every_kind_keep_their_bits(make: Callable[[], Reduction]) -> None:
+    module = Constants()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    buffers = of(module, make())
+    for _ in range(2):
+        assert not take_step(module, buffers, [torch.ones(1)] * 3)
+    for name in ("mask", "rotary", "large", "view", "lowest"):
+        buffer = module.get_buffer(name)
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.contiguous().view(torch.uint8),
+                           before[name].contiguous().view(torch.uint8)), name  # fmt: skip
+    assert torch.equal(module.turning, torch.full((2,), -1.0 + 0j))
+    assert module.tokens == 2**60 + 1 + 2**21
+    assert module.seen.all()
+
+
+def test_the_move_that_cannot_be_added_is_found_by_name() -> None:
+    norm = nn.BatchNorm1d(3)
+    buffers = of(norm, Exact(8))
+    take_step(norm, buffers, [torch.randn(5, 3)])
+    before = {name: tensor.clone() for name, tensor in norm.named_buffers()}
+    buffers.begin()
+    norm(torch.full((5, 3), 1e20))
+    moves = buffers.largest_moves()
+    assert moves["running_mean"] == pytest.approx(1e19)
+    assert moves["num_batches_tracked"] == 1
+    assert all(torch.equal(norm.get_buffer(name), tensor) for name, tensor in before.items())
 
 
 def test_power_iteration_goes_on_from_where_the_step_began() -> None:
@@ -116,7 +169,7 @@ def test_a_buffer_that_is_replaced_moves_too() -> None:
     for _ in range(2):
         take_step(module, buffers, [torch.ones(1)] * 3)
     assert module.count == 4
-    assert [buffer.name for buffer in buffers.moving] == ["count"]
+    assert [buffer.name for (buffer,) in buffers.moving.values()] == ["count"]
 
 
 def test_what_is_loaded_between_steps_is_kept() -> None:

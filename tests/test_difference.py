@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,16 @@ def test_a_flipped_bit_always_changes_the_hash(tensor: torch.Tensor) -> None:
             assert hash_tensor(tensor) != before
             data[place] ^= 1 << bit
     assert hash_tensor(tensor) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_signs_that_change_change_the_hash(dtype: torch.dtype) -> None:
+    """Also in pairs and patterns in which multiples of their places would cancel."""
+    tensor = torch.randn(64, dtype=dtype)
+    hashes = {int(hash_tensor(tensor)), int(hash_tensor(-tensor))}
+    for pattern in itertools.product((1, -1), repeat=8):
+        hashes.add(int(hash_tensor(tensor * torch.tensor(pattern * 8))))
+    assert len(hashes) == 2**8
 
 
 def test_places_that_are_exchanged_change_the_hash() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ddptrain.build import build_trainer
 from ddptrain.compose import compose
-from ddptrain.errors import Refused, TrainingError
+from ddptrain.errors import NonFiniteError, Refused, TrainingError
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
@@ -111,7 +112,7 @@ def reduce(exact: Exact, gradients: list[list[float]], dtype: torch.dtype = torc
     rows = torch.tensor(gradients, dtype=dtype)
     replica(rows[0][:-1] * 0, rows[0][-1] * 0).backward()  # as a Step does: DDP rearranges buckets
     module.zero_grad()
-    exact.take_faint()
+    exact.relay()
     for row in rows[:-1]:
         with strategy.accumulate(replica):
             replica(row[:-1], row[-1]).backward()
@@ -167,8 +168,86 @@ def test_the_loss_scale_moves_the_range() -> None:
     module = reduce(Exact(ADDENDS, scale), [[LIMIT * 2.0**20, 0.0, 2.0, 1.0]])
     assert torch.equal(module.flat(), torch.tensor([LIMIT * 2.0**20, 0.0, 2.0, 1.0]))
     dist.destroy_process_group()
-    module = reduce(Exact(ADDENDS, scale), [[LIMIT * 2.0**24, 0.0, 2.0, 1.0]])
-    assert module.flat().isnan().any()
+    for first, beyond in ((LIMIT * 2.0**24, True), (math.inf, False)):
+        exact = Exact(ADDENDS, scale)
+        module = reduce(exact, [[first, 0.0, 2.0, 1.0]])
+        dist.destroy_process_group()
+        assert module.flat().isnan().any()
+        assert exact.beyond() is not None
+        assert bool(exact.beyond()) == beyond  # an infinite one may be finite at a lower scale
+
+
+def test_what_is_advised_helps() -> None:
+    exact = Exact(ADDENDS)
+    assert exact.advice(LIMIT / 2) == ""
+    for largest in (LIMIT, 4.62e16, 1e38):
+        bits = re.search(r"by 2\*\*-(\d+)", exact.advice(largest))
+        assert bits is not None
+        assert exact.objection(largest * 2.0 ** -int(bits[1])) is None
+
+
+class Halves(nn.Module):
+    """Parameters of two dtypes, as many elements in each, one of them empty."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.zeros(6))
+        self.parts = nn.ParameterList(nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in "ab")
+        self.empty = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+
+    def forward(self, factor: float) -> Tensor:
+        parts = torch.stack([part.float().sum() for part in self.parts]).sum()
+        return (self.one.sum() + parts + self.empty.sum()) * factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_empty_parameters_and_buckets_that_change_places(dtype: torch.dtype) -> None:
+    module, exact = Halves(dtype), Exact(ADDENDS)
+    strategy = DataParallel(Ranks(Place(), CPU, TIMEOUT), 25, exact)
+    replica = strategy.wrap(module)
+    replica(0.0).backward()  # as a Step does: DDP rearranges buckets
+    exact.relay()
+    for step in range(1, 4):
+        module.zero_grad()
+        with strategy.accumulate(replica):
+            replica(1.0).backward()
+        replica(float(step)).backward()
+        for parameter in module.parameters():
+            assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + step))
+    sizes = sum(len(sums) for sums in exact.sums.values())
+    assert sizes == 2 * 12 + 3  # no memory is kept of the layout of buckets before
+
+
+def test_a_number_out_of_range_stops_a_run_whatever_the_loss_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    trainer = build(tmp_path, "task.scale=1e10", "train.precision=fp16", "log.tensorboard=false")
+    trainer.step(0, trainer.fetcher.steps(0, 1, 0, 1))
+    trainer.done = 1
+    with pytest.raises(NonFiniteError, match=r"the loss reaches .* exact sums take.*by 2\*\*-\d"):
+        trainer.stop_if_not_finite()
+
+
+def test_a_buffer_out_of_range_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    trainer = build(tmp_path, "model.batch_norm=true", "log.tensorboard=false")
+    batches = trainer.fetcher.steps(0, 1, 0, 1)
+    moved = trainer.task.get_submodule("model.norm")
+
+    def stray(norm: nn.Module, *_: object) -> None:
+        norm.get_buffer("running_var").data.add_(1e15)
+
+    moved.register_forward_hook(stray)
+    before = {name: tensor.clone() for name, tensor in trainer.task.state_dict().items()}
+    trainer.step(0, batches)
+    trainer.done = 1
+    with pytest.raises(
+        NonFiniteError, match=r"the move of buffer model\.norm\.running_var reaches"
+    ):
+        trainer.stop_if_not_finite()
+    after = trainer.task.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def build(folder: Path, *overrides: str) -> Trainer:
@@ -204,7 +283,7 @@ def test_more_micro_batches_than_can_be_added_are_refused(
 ) -> None:
     monkeypatch.chdir(PROJECT)
     sizes = (f"train.global_batch_size={MAX_ADDENDS + 1}", "train.micro_batch_size=1")
-    with pytest.raises(Refused, match="at most 1048576"):
+    with pytest.raises(Refused, match="at most 65535"):
         build(tmp_path, *sizes, f"data.train.samples={MAX_ADDENDS + 1}")
 
 

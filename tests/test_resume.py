@@ -181,3 +181,25 @@ def test_a_directory_that_another_run_is_writing_to_is_refused(tmp_path: Path) -
     finally:
         kill_tree(first.pid)
         first.communicate()
+
+
+def test_a_line_that_spans_a_stop_is_that_of_an_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed after step 6, while steps 5 to 8 make a line; what the task logs is in it too."""
+    monkeypatch.chdir(PROJECT)
+    overrides = ["experiment=ragged", "train.max_steps=12", "log.every_steps=4"]
+    overrides += ["checkpoint.every_steps=3", "checkpoint.keep_last=9", "log.tensorboard=false"]
+    ranks = Ranks(Place(), torch.device("cpu"), TIMEOUT)
+    config = compose(overrides)
+    config.run.dir = str(tmp_path / "run")
+    directory = open_directory(config, overrides)
+    build_trainer(config, ranks, directory, Phases()).train()
+    lines = read_metrics(directory.path)
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert "accuracy" in lines[0]
+    for step in (9, 12):
+        shutil.rmtree(directory.checkpoints / f"step-{step:08d}")
+    resumed = build_trainer(config, ranks, directory, Phases())
+    resumed.train()
+    assert read_metrics(directory.path) == lines

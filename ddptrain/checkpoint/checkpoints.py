@@ -43,7 +43,7 @@ class Checkpoints:
         step: int,
         task: nn.Module,
         optimizer: Optimizer,
-        step_numbers: dict[str, float],
+        step_numbers: dict[str, Any],
         metrics: dict[str, float],
     ) -> None:
         """Write the checkpoint of ``step``, then delete those that need not be kept."""

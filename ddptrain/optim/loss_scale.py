@@ -21,13 +21,16 @@ class LossScale:
         self.value = torch.tensor(initial, device=device)
         self.finite_steps = torch.zeros((), device=device)
 
-    def update(self, bad: Tensor) -> Tensor:
+    def update(self, bad: Tensor, hopeless: Tensor | None = None) -> Tensor:
         """Adapt to a step that was ``bad`` (non-finite); return whether that was no overflow.
 
         A loss is a sum over a micro-batch, which a scale far below 1 may be right for. At the
-        smallest there is nothing left to lower: the numbers themselves are at fault.
+        smallest there is nothing left to lower: the numbers themselves are at fault, as they are
+        if the step is ``hopeless``, bad at any scale.
         """
         fault = bad & (self.value <= SMALLEST)
+        if hopeless is not None:
+            fault = fault | hopeless
         self.finite_steps = torch.where(bad, 0.0, self.finite_steps + 1)
         grow = self.finite_steps >= GROWTH_INTERVAL
         self.finite_steps = torch.where(grow, 0.0, self.finite_steps)

@@ -12,10 +12,11 @@ this keeps 104 bits; see also Demmel & Nguyen, "Fast Reproducible Floating-Point
     value ≈ high · 2⁻²⁶ + low · 2⁻⁶⁸,    high = ⌊value · 2²⁶⌉,  low = ⌊(value · 2²⁶ − high) · 2⁴²⌉
 
 Scaling by a power of two is exact, and so is the subtraction: x − ⌊x⌉ has no digit that x lacks.
-What is lost is below 2⁻⁶⁹ per addend. |low| ≤ 2⁴¹, so 2²⁰ addends stay below 2⁶²; and each addend
+What is lost is below 2⁻⁶⁹ per addend. |low| ≤ 2⁴¹, so 2¹⁶ addends stay below 2⁶²; and each addend
 must stay below 2³⁶ / addends, which is checked, so that high stays below 2⁶² as well.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,12 @@ TOP = 62 - HIGH
 """A sum must stay below 2 ** TOP."""
 FAINT = 2.0 ** (24 - LOW)
 """Below this a float32 has more digits than are kept."""
-MAX_ADDENDS = 1 << 20
-COUNT = 21  # bits of a field that counts addends
+COUNT = 16  # bits of a field that counts addends
+MAX_ADDENDS = (1 << COUNT) - 1
+FIELDS = NOT_FINITE, BEYOND, SOME, CLEAR = range(0, 4 * COUNT, COUNT)  # their lowest bits
+KINDS = (0, 1 << SOME, (1 << SOME) + (1 << CLEAR), 1 << BEYOND, 1 << NOT_FINITE)
+"""What an addend counts as: zero, faint, with all its digits, out of range, infinite or NaN."""
+HEADROOM = 4  # bits, for the steps to come
 PART = 1 << 15
 FULL = (torch.float32, torch.float64)
 
@@ -67,8 +72,8 @@ class Exact:
 
     The hook sees every micro-batch, not only the last: it adds the bucket to this rank's integers
     and clears it; with the last micro-batch those are summed over the ranks and become the
-    gradient. Three counts per parameter travel with them: of micro-batches out of range, not zero,
-    and not faint. A gradient out of range makes the step one that is not finite.
+    gradient. Four counts of micro-batches per parameter travel with them, in one integer: not
+    finite, out of range, not zero, and not faint. The first two make the gradient NaN.
 
     ``loss_scale`` is the factor, a power of two, that gradients carry.
     """
@@ -81,10 +86,12 @@ class Exact:
         self.limit = 2.0**TOP / addends
         self.loss_scale = loss_scale
         self.summed = Summed()
-        self.sums: dict[tuple[int, int], Tensor] = {}
+        self.sums: dict[int, Tensor] = {}  # by bucket
         self.begun: set[int] = set()
         self.accumulating = False
-        self.faint: dict[tuple[int, int], tuple[list[Tensor], Tensor]] = {}
+        self.faint: dict[int, tuple[list[Tensor], Tensor]] = {}
+        self.out_of_range: dict[int, Tensor] = {}
+        self.kinds: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def attach(self, replica: DistributedDataParallel) -> None:
         replica.register_comm_hook(None, self._hook)
@@ -96,6 +103,10 @@ class Exact:
             yield
         finally:
             self.accumulating = False
+
+    def relay(self) -> None:
+        for by_bucket in (self.sums, self.faint, self.out_of_range, self.summed.gathered):
+            by_bucket.clear()
 
     def encode(self, values: Tensor) -> Tensor:
         """The words of ``values``, and how many of them are out of range."""
@@ -112,44 +123,58 @@ class Exact:
             return None
         if not largest < float("inf"):
             return "is not finite"
+        return f"reaches {largest:.3g}, beyond the {self.limit:.3g} that exact sums take"
+
+    def advice(self, largest: float) -> str:
+        if largest < self.limit:
+            return ""
+        bits = math.ceil(math.log2(largest / self.limit)) + HEADROOM
         return (
-            f"reaches {largest:.3g}, beyond the {self.limit:.3g} that exact sums take: multiply "
-            "the loss's sum and its count by 2**-20, which leaves their ratio, or use "
-            "parallel.reduction=mean"
+            f"multiply the loss's sum and its count by 2**-{bits}, which leaves their ratio, or "
+            "use parallel.reduction=mean"
         )
 
+    def beyond(self) -> Tensor | None:
+        if self.loss_scale is None:
+            return None
+        return torch.stack(list(self.out_of_range.values())).any()
+
     def take_faint(self) -> list[Tensor]:
-        found = [
-            parameter
-            for parameters, marks in self.faint.values()
-            for parameter, mark in zip(parameters, marks.tolist(), strict=True)
-            if mark
-        ]
-        self.faint.clear()
+        found = []
+        for parameters, marks in self.faint.values():
+            of_bucket = zip(parameters, marks.tolist(), strict=True)
+            found += [parameter for parameter, mark in of_bucket if mark]
+            marks.zero_()
         return found
 
     def _hook(self, _: None, bucket: GradBucket) -> Future[Tensor]:
         buffer, index = bucket.buffer(), bucket.index()
         gradients = bucket.gradients()
         size = buffer.numel()
-        key = index, size
-        if key not in self.sums:
-            length = 2 * size + len(gradients)
-            self.sums[key] = torch.empty(length, dtype=torch.int64, device=buffer.device)
-        sums = self.sums[key]
+        if not size:
+            return finished(buffer)
+        sums = self._memory(index, buffer, len(gradients))
         self._add(sums, buffer, gradients, begins=index not in self.begun)
         self.begun.add(index)
         if self.accumulating:
             return finished(buffer.zero_())
         self.begun.discard(index)
-        parameters = bucket.parameters()
+        self.faint[index] = bucket.parameters(), self.faint[index][1]
 
         def finish(done: Future[Tensor]) -> Tensor:
             done.value()  # raises what the sum failed with
-            self._judge(key, parameters, sums[2 * size :], buffer)
+            self._judge(index, sums, buffer)
             return buffer
 
         return self.summed.start(index, sums).then(finish)
+
+    def _memory(self, index: int, buffer: Tensor, parameters: int) -> Tensor:
+        """This rank's integers for a bucket, in memory that is kept from step to step."""
+        if index not in self.sums:
+            length = 2 * buffer.numel() + parameters
+            self.sums[index] = torch.empty(length, dtype=torch.int64, device=buffer.device)
+            self.faint[index] = [], torch.zeros(parameters, dtype=torch.bool, device=buffer.device)
+        return self.sums[index]
 
     def _add(self, sums: Tensor, buffer: Tensor, gradients: list[Tensor], begins: bool) -> None:
         size = buffer.numel()
@@ -157,33 +182,35 @@ class Exact:
             values = buffer[part] if buffer.dtype in FULL else buffer[part].float()
             for word, addend in enumerate(to_words(self._unscaled(values))):
                 _put(sums[word * size : (word + 1) * size][part], addend, begins)
-        largest = self._unscaled(_largest(gradients))
-        # Not (largest >= limit): a NaN compares false with everything.
-        counts = (
-            (~(largest < self.limit)).to(torch.int64)
-            + ((largest > 0).to(torch.int64) << COUNT)
-            + ((largest >= FAINT).to(torch.int64) << 2 * COUNT)
-        )
-        _put(sums[2 * size :], counts, begins)
+        _put(sums[2 * size :], self._kinds(self._unscaled(_largest(gradients))), begins)
 
     def _unscaled(self, values: Tensor) -> Tensor:
         return values if self.loss_scale is None else values / self.loss_scale
 
-    def _judge(
-        self, key: tuple[int, int], parameters: list[Tensor], counts: Tensor, buffer: Tensor
-    ) -> None:
+    def _kinds(self, largest: Tensor) -> Tensor:
+        """What each of ``largest``, shape (parameters,), counts as."""
+        if largest.dtype not in self.kinds:
+            kind = torch.finfo(largest.dtype)
+            smallest = kind.smallest_normal * kind.eps
+            self.kinds[largest.dtype] = (
+                largest.new_tensor([smallest, FAINT, self.limit, float("inf")]),
+                torch.tensor(KINDS, device=largest.device),
+            )
+        edges, kinds = self.kinds[largest.dtype]
+        return kinds[torch.bucketize(largest, edges, right=True)]
+
+    def _judge(self, index: int, sums: Tensor, buffer: Tensor) -> None:
         """Turn the sums into the gradient, which is NaN somewhere if one was out of range."""
-        high, low = self.sums[key][: 2 * buffer.numel()].chunk(2)
+        high, low = sums[: 2 * buffer.numel()].chunk(2)
         for part in _parts(buffer):
             total = from_words(high[part], low[part])
             buffer[part] = total if self.loss_scale is None else total * self.loss_scale
-        one = (1 << COUNT) - 1
-        out_of_range, any_at_all, not_faint = (counts >> i * COUNT & one for i in range(3))
-        buffer[0].masked_fill_(out_of_range.any(), torch.nan)
-        mark = (any_at_all > 0) & (not_faint == 0)
-        if key in self.faint:
-            mark |= self.faint[key][1]
-        self.faint[key] = parameters, mark
+        counts = sums[2 * buffer.numel() :]
+        not_finite, beyond, some, clear = (counts >> field & MAX_ADDENDS for field in FIELDS)
+        buffer[0].masked_fill_((not_finite | beyond).any(), torch.nan)
+        if self.loss_scale is not None:
+            self.out_of_range[index] = beyond.any()
+        self.faint[index][1].logical_or_((some != 0) & (clear == 0))
 
 
 def _parts(buffer: Tensor) -> Iterator[slice]:
@@ -201,7 +228,10 @@ def _put(where: Tensor, addend: Tensor, begins: bool) -> None:
 
 def _largest(gradients: list[Tensor]) -> Tensor:
     """The largest absolute value in each, or NaN, shape (len(gradients),)."""
-    if gradients[0].is_cuda:
-        return torch.stack(torch._foreach_norm(gradients, float("inf")))
-    extremes = [torch.stack(torch.aminmax(g)) if g.numel() else g.new_zeros(2) for g in gradients]
-    return torch.stack(extremes).abs().amax(1)
+    some = [gradient if gradient.numel() else gradient.new_zeros(1) for gradient in gradients]
+    if some[0].is_cuda:
+        largest = torch.stack(torch._foreach_norm(some, float("inf")))
+    else:
+        extremes = [torch.stack(torch.aminmax(gradient)) for gradient in some]
+        largest = torch.stack(extremes).abs().amax(1)
+    return largest if largest.dtype in FULL else largest.float()

@@ -29,6 +29,9 @@ class Reduction(Protocol):
     def accumulate(self, replica: DistributedDataParallel) -> AbstractContextManager[Any]:
         """A context in which backward adds to this rank's sum only."""
 
+    def relay(self) -> None:
+        """Forget what is kept by bucket: the replica is about to lay its buckets out anew."""
+
     def encode(self, values: Tensor) -> Tensor:
         """What to add up, over micro-batches and ranks, instead of ``values`` (float64)."""
 
@@ -36,7 +39,16 @@ class Reduction(Protocol):
         """The sum of the values, float64, of which ``total`` is the sum of encodings."""
 
     def objection(self, largest: float) -> str | None:
-        """Why a gradient whose largest element is ``largest`` cannot be added, if it cannot."""
+        """What is wrong with a gradient whose largest element is ``largest``, if it is."""
+
+    def advice(self, largest: float) -> str:
+        """What to do about gradients of up to ``largest``; empty if nothing helps."""
+
+    def beyond(self) -> Tensor | None:
+        """Whether a number of the step was finite and yet out of range, whatever the loss scale.
+
+        A scalar on the device; None if that cannot happen, or if there is no loss scale.
+        """
 
     def take_faint(self) -> list[Tensor]:
         """Parameters whose gradients were too small, since the last call, to keep all digits."""
@@ -52,12 +64,12 @@ class Summed:
     """
 
     def __init__(self) -> None:
-        self.gathered: dict[tuple[int, int], Tensor] = {}
+        self.gathered: dict[int, Tensor] = {}  # by bucket
 
     def start(self, index: int, values: Tensor) -> Future[Tensor]:
         """Begin to sum ``values`` in place, the ``index``-th bucket; done when the future is."""
         world_size = dist.get_world_size()
-        if world_size == 1:
+        if world_size == 1 or not values.numel():
             return finished(values)
         if values.is_cuda or values.nbytes * world_size > GATHERED_BYTES:
             ring: Future[list[Tensor]] = dist.all_reduce(values, async_op=True).get_future()
@@ -76,10 +88,9 @@ class Summed:
         return gather.then(add)
 
     def _memory(self, index: int, values: Tensor, world_size: int) -> Tensor:
-        key = index, values.numel()
-        if key not in self.gathered:
-            self.gathered[key] = values.new_empty(values.numel() * world_size)
-        return self.gathered[key]
+        if index not in self.gathered:
+            self.gathered[index] = values.new_empty(values.numel() * world_size)
+        return self.gathered[index]
 
 
 def finished(value: Tensor) -> Future[Tensor]:
@@ -110,6 +121,9 @@ class Mean:
     def accumulate(self, replica: DistributedDataParallel) -> AbstractContextManager[Any]:
         return replica.no_sync()
 
+    def relay(self) -> None:
+        self.summed.gathered.clear()
+
     def encode(self, values: Tensor) -> Tensor:
         return values
 
@@ -118,6 +132,12 @@ class Mean:
 
     def objection(self, largest: float) -> str | None:
         return None if largest < float("inf") else "is not finite"
+
+    def advice(self, largest: float) -> str:
+        return ""
+
+    def beyond(self) -> Tensor | None:
+        return None
 
     def take_faint(self) -> list[Tensor]:
         return []

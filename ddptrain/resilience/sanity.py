@@ -11,76 +11,98 @@ from ddptrain.account import Accounted
 from ddptrain.data.fetch import Source, to_device
 from ddptrain.data.plan import MicroBatch
 from ddptrain.generators import key_generators
+from ddptrain.parallel.buffers import Buffers
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.parallel.reduction import Reduction
+
+SHOWN = 3
+"""How many micro-batches a report describes."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a micro-batch, and the size of the number that is too large, if any."""
+
+    what: str
+    largest: float = 0.0
+    in_buffer: bool = False
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """What was not finite on one rank, and the samples it came from."""
+    """A micro-batch at fault, and the samples it came from."""
 
+    micro_batch: int
     rank: int
-    what: str
+    fault: Fault
     samples: list[int]
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.samples[:8])) + (", …" if len(self.samples) > 8 else "")
-        return f"{self.what} on rank {self.rank}, samples {shown}"
+        return f"{self.fault.what} on rank {self.rank}, samples {shown}"
 
 
-def explain(
-    step: int, module: Accounted, source: Source, ranks: Ranks, reduction: Reduction
-) -> str:
+def explain(step: int, module: Accounted, source: Source, ranks: Ranks, buffers: Buffers) -> str:
     """Repeat the forward and backward of ``step`` without its update; every rank must call it.
 
     The weights must be those before the step. Sample by sample where a micro-batch is at fault.
     Buffers are left as they were.
     """
-    fault = partial(_fault, module=module, source=source, ranks=ranks, reduction=reduction)
-    before = [buffer.clone() for buffer in module.buffers()]
+    find = partial(_find, module=module, source=source, ranks=ranks, buffers=buffers)
     mine: list[Culprit] = []
     for micro_batch in source.plan.micro_batches(step, ranks.rank, ranks.world_size):
         indices = source.plan.indices(micro_batch).tolist()
-        if (what := fault(indices, micro_batch)) is None:
+        if (fault := find(indices, micro_batch)) is None:
             continue
         try:
-            single = [i for i in indices if fault([i], micro_batch)]
+            single = [i for i in indices if find([i], micro_batch)]
         except Exception:  # a model need not take one sample alone: BatchNorm does not
             single = []
-        mine.append(Culprit(ranks.rank, what, single or indices))
-    for buffer, old in zip(module.buffers(), before, strict=True):
-        buffer.copy_(old)
-    found = [str(culprit) for of_rank in ranks.gather(mine) for culprit in of_rank]
+        mine.append(Culprit(micro_batch.index, ranks.rank, fault, single or indices))
+    found = sorted(
+        (culprit for of_rank in ranks.gather(mine) for culprit in of_rank),
+        key=lambda culprit: culprit.micro_batch,
+    )
     where = f"step {step} of data.{source.name} ({type(source.dataset).__name__})"
     if not found:
         return f"{where}: not finite only once the ranks' gradients were added up"
-    return f"{where}: {'; '.join(found)}"
+    told = "; ".join(map(str, found[:SHOWN]))
+    if others := len(found) - SHOWN:
+        told += f"; and {others} more micro-batches" if others > 0 else ""
+    advice = _advice([culprit.fault for culprit in found], buffers.reduction)
+    return f"{where}: {told}{f'; {advice}' if advice else ''}"
 
 
-def _fault(
+def _advice(faults: list[Fault], reduction: Reduction) -> str:
+    finite = [fault for fault in faults if fault.largest < float("inf")]
+    if any(fault.in_buffer for fault in finite):
+        return "give the model smaller numbers, or use parallel.reduction=mean"
+    return reduction.advice(max((fault.largest for fault in finite), default=0.0))
+
+
+def _find(
     indices: list[int],
     micro_batch: MicroBatch,
     module: Accounted,
     source: Source,
     ranks: Ranks,
-    reduction: Reduction,
-) -> str | None:
+    buffers: Buffers,
+) -> Fault | None:
     batch = to_device(source.of_indices(indices, micro_batch), ranks.device)
     key_generators(source.plan.forward_key(micro_batch), ranks.device)
+    buffers.begin()
     total = module(batch)
     total.backward()
-    largest = {
-        name: parameter.grad.abs().max().item()
-        for name, parameter in module.task.named_parameters()
-        if parameter.grad is not None and parameter.grad.numel()
-    }
+    numbers = {"the loss": abs(total.item())}
+    for name, parameter in module.task.named_parameters():
+        if parameter.grad is not None and parameter.grad.numel():
+            numbers[f"the gradient of {name}"] = parameter.grad.abs().max().item()
     for parameter in module.parameters():
         parameter.grad = None
+    moves = {f"the move of buffer {n}": size for n, size in buffers.largest_moves().items()}
     if not torch.isfinite(total):
-        return f"the loss is {total.item()}"
-    if why := reduction.objection(abs(total.item())):
-        return f"the loss {why}"
-    for name, value in largest.items():
-        if why := reduction.objection(value):
-            return f"the gradient of {name} {why}"
+        return Fault(f"the loss is {total.item()}", float("inf"))
+    for name, size in {**numbers, **moves}.items():
+        if (why := buffers.reduction.objection(size)) is not None:
+            return Fault(f"{name} {why}", size, name in moves)
     return None
