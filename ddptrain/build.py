@@ -32,12 +32,13 @@ from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
 from ddptrain.optim.build import build_optimizer
 from ddptrain.optim.loss_scale import LossScale
+from ddptrain.origin import versions
 from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.exact import MAX_ADDENDS, Exact
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.parallel.reduction import Mean, Reduction
 from ddptrain.resilience.divergence import Replicas
-from ddptrain.run_directory import RunDirectory, versions
+from ddptrain.run_directory import RunDirectory
 from ddptrain.step import Step
 from ddptrain.tasks.task import Task
 

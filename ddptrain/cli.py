@@ -16,9 +16,10 @@ from ddptrain.compose import compose, flatten, make_importable, options, to_plai
 from ddptrain.config import Config, Resume, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
+from ddptrain.origin import origin
 from ddptrain.place import Place
 from ddptrain.resilience.failure import is_first_to_say, tell_agent
-from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory, origin
+from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -246,14 +247,14 @@ def _sample(parsed: argparse.Namespace) -> int:
 
 
 def _diff(parsed: argparse.Namespace) -> int:
-    from ddptrain.observe.difference import circumstances, known, parting
+    from ddptrain.observe.difference import circumstances, compare
 
     runs = RunDirectory(parsed.run), RunDirectory(parsed.other)
     for line in circumstances(*runs):
         print(line)
-    where = parting(*runs)
-    print(where or f"the same: {known(*runs)}")
-    return EXIT_COMPLETED if where is None else EXIT_FAILED
+    same, told = compare(*runs)
+    print(told)
+    return EXIT_COMPLETED if same else EXIT_FAILED
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

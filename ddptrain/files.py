@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import logging
 import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from ddptrain.errors import Refused
 
@@ -14,6 +17,8 @@ LOCK_SECONDS = 5.0
 """How long a process that was just killed may take to be gone."""
 
 _held: list[object] = []
+
+logger = logging.getLogger(__name__)
 
 
 def lock(folder: Path) -> None:
@@ -60,3 +65,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in ``file``; empty if there is none, or, with a warning, if it is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is damaged, and passed over: %s", file, error)
+        return {}

@@ -1,26 +1,23 @@
-"""The directory of a run: its files by name, how it comes to be, and where its code came from."""
+"""The directory of a run: its files by name, and how it comes to be."""
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
 import time
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 import yaml
 
-from ddptrain.compose import flatten, to_plain, validate
+from ddptrain.compose import config_trees, flatten, to_plain, validate
 from ddptrain.config import EXECUTION_ONLY, Config, Resume
 from ddptrain.errors import Refused
-from ddptrain.files import replace_text
+from ddptrain.files import read_json, replace_text
+from ddptrain.origin import DIFF, origin, uncommitted
 
-PACKAGES = ("ddptrain", "torch", "numpy", "hydra-core", "safetensors", "torchmetrics")
+SETTINGS = ("train", "parallel", "checkpoint", "log", "data", "eval", "launch", "run")
+"""Sections whose keys are the framework's own; the others are built by what they name."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class RunDirectory:
 
     @property
     def code_diff(self) -> Path:
-        return self.path / "code.diff"
+        return self.path / DIFF
 
     @property
     def data(self) -> Path:
@@ -75,10 +72,13 @@ class RunDirectory:
         return self.path / "model.safetensors"
 
     def load(self) -> Config:
-        """Return the stored config. Raises ``Refused``."""
+        """Return the stored config. Raises ``Refused``.
+
+        What was no key yet when it was stored is as the built-in tree has it.
+        """
         plain = _read_yaml(self.config)
         plain.pop("provenance", None)
-        return validate(plain)
+        return validate(_filled(_defaults(), plain))
 
     def provenance(self) -> dict[str, Any]:
         """Return what was stored about the run's code: versions, commit, overrides, original."""
@@ -86,7 +86,7 @@ class RunDirectory:
 
     def outcome(self) -> dict[str, Any]:
         """What ``result.json`` says; empty if the run has not ended."""
-        return dict(json.loads(self.result.read_text())) if self.result.exists() else {}
+        return read_json(self.result)
 
     def has_checkpoint(self) -> bool:
         return any(self.checkpoints.glob("step-*/manifest.json"))
@@ -124,10 +124,35 @@ def open_directory(
     config.run.dir = str(run.path)
     if not run.config.exists():
         provenance = {**origin(), "overrides": overrides, "rerun_of": rerun_of}
-        run.code_diff.write_text(_git("diff", "HEAD") or "")
+        run.code_diff.write_text(uncommitted())
         stored = {**to_plain(config), "provenance": provenance}
         replace_text(run.config, yaml.safe_dump(stored, sort_keys=False))
     return run
+
+
+def _defaults() -> dict[str, Any]:
+    """The framework's own sections, as the built-in tree has them."""
+    tree = config_trees()[0]
+    root = _read_yaml(tree / "config.yaml")
+    chosen = {group: name for entry in root.pop("defaults") if isinstance(entry, dict)
+              for group, name in entry.items() if name is not None}  # fmt: skip
+    return {
+        section: _read_yaml(tree / section / f"{chosen[section]}.yaml")
+        if chosen.get(section)
+        else root[section]
+        for section in SETTINGS
+    }
+
+
+def _filled(known: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """``plain``, with those of the ``known`` entries that it lacks."""
+    filled = {
+        key: _filled(known[key], value)
+        if isinstance(value, dict) and isinstance(known.get(key), dict)
+        else value
+        for key, value in plain.items()
+    }
+    return {**known, **filled}
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -174,47 +199,3 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-def origin() -> dict[str, Any]:
-    """The code that is about to run: versions, and the git state of the folder started from."""
-    status = _git("status", "--porcelain")
-    return {
-        "versions": versions(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed_files": status.splitlines() if status else [],
-        "git_changes_sha256": _changes_digest(),
-    }
-
-
-def _changes_digest() -> str | None:
-    """A hash of what the folder's code has that its commit has not; None outside of git."""
-    if (diff := _git("diff", "HEAD")) is None:
-        return None
-    digest = sha256(diff.encode())
-    for name in (_git("ls-files", "--others", "--exclude-standard") or "").splitlines():
-        if name.endswith((".py", ".yaml")) and (file := Path(name)).is_file():
-            digest.update(name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
-    return {"python": python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, errors="replace", check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout if arguments[0] == "diff" else done.stdout.strip()

@@ -110,7 +110,7 @@ def test_rerun_says_what_differs_in_the_data(trained: Path, project: Path) -> No
         finished = run([*DDPTRAIN, "rerun", str(trained)], project)
     finally:
         (project / "ragged.py").write_text(original)
-    assert "git_changes_sha256" in ended_well(finished)
+    assert "git_changes.ragged.py: not set → " in ended_well(finished)
     assert "the same" not in finished.stdout
     assert "the data differs from its original" in finished.stderr
     assert "data.train.sha256" in finished.stderr

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import DDPTRAIN, TORCHRUN, run
+from launching import DDPTRAIN, PROJECT, TORCHRUN, run
 
+from ddptrain.errors import Refused
 from ddptrain.hashing import BLOCK, hash_tensor
-from ddptrain.observe.difference import Fingerprints
+from ddptrain.observe.difference import Fingerprints, compare
 from ddptrain.resilience.divergence import describe
+from ddptrain.run_directory import RunDirectory
 
 RUN = [
     *("experiment=ragged", "train.max_steps=6", "log.tensorboard=false", "log.fingerprint_every=1"),
@@ -64,6 +68,72 @@ def test_what_is_no_run_is_refused(runs: Runs, tmp_path: Path) -> None:
     finished = run([*DDPTRAIN, "diff", str(runs["one"]), str(tmp_path)])
     assert finished.returncode == 2
     assert "not a run" in finished.stderr
+
+
+@pytest.fixture
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.syspath_prepend(PROJECT)
+
+
+def damaged(whole: Path, folder: Path, **contents: str) -> RunDirectory:
+    """A copy of a run with other contents of some of its files."""
+    copied = RunDirectory(Path(shutil.copytree(whole, folder)))
+    for name, content in contents.items():
+        getattr(copied, name).write_text(content)
+    return copied
+
+
+@pytest.mark.usefixtures("in_project")
+def test_runs_of_which_little_is_left_are_compared_by_that(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = RunDirectory(runs["one"])
+    lines = whole.fingerprints.read_text().splitlines()
+    for case, (contents, expected) in enumerate(
+        [
+            ({"fingerprints": lines[0] + "\n"}, "6 lines of metrics are equal, and the same we"),
+            ({"fingerprints": "\n".join(lines[1:])}, "6 lines of metrics are equal, and the sam"),
+            ({"fingerprints": "\n".join([*lines[:3], "null", '{"step": 3}', lines[4][:50]])},
+             "2 recorded steps are equal, and the same weights after step 6"),
+            ({"result": ""}, "the same: 6 recorded steps are equal"),
+            ({"result": "", "fingerprints": "", "metrics": ""}, None),
+        ]
+    ):  # fmt: skip
+        other = damaged(runs["one"], tmp_path / str(case), **contents)
+        if expected is None:
+            with pytest.raises(Refused, match="recorded nothing of one step"):
+                compare(whole, other)
+            continue
+        same, told = compare(whole, other)
+        assert same
+        assert expected in told
+    assert "result.json is damaged, and passed over" in caplog.text
+
+
+@pytest.mark.usefixtures("in_project")
+def test_weights_that_only_the_end_tells_apart(runs: Runs, tmp_path: Path) -> None:
+    whole = RunDirectory(runs["one"])
+    result = json.dumps(whole.outcome() | {"weights_sha256": "0"})
+    other = damaged(runs["one"], tmp_path / "other", result=result)
+    assert compare(whole, other) == (False, "other weights after step 6, at the end")
+
+
+@pytest.mark.usefixtures("in_project")
+def test_a_config_from_before_there_was_a_key_is_read(runs: Runs, tmp_path: Path) -> None:
+    stored = (runs["one"] / "config.yaml").read_text()
+    older = re.sub(r"\n +(fingerprint_every|check_every_steps|resume): .*", "", stored)
+    assert len(older.splitlines()) == len(stored.splitlines()) - 3
+    other = damaged(runs["one"], tmp_path / "older", config=older)
+    assert other.load().parallel.check_every_steps == 100
+    assert other.load().log.fingerprint_every is None
+
+
+def test_names_in_another_order_are_no_difference() -> None:
+    one, other = recorded(1), recorded(1)
+    other.header["tensors"] = ["mean", "w"]
+    other.steps[1]["weights"].reverse()
+    assert one.parting(other) is None
 
 
 HEADER = {"step": 0, "parameters": ["w"], "tensors": ["w", "mean"], "weights": ["0", "0"]}

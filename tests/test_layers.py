@@ -16,7 +16,7 @@ ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "place", "generators", "hashing"}
-PLAIN = GROUND | {"config", "targets", "compose", "run_directory", "state"}
+PLAIN = GROUND | {"config", "targets", "compose", "origin", "run_directory", "state"}
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"errors", "signatures"},
     "state": {"errors"},
     "compose": {"config", "errors", "targets"},
-    "run_directory": {"compose", "config", "errors", "files"},
+    "origin": set(),
+    "run_directory": {"compose", "config", "errors", "files", "origin"},
     # The parts know nothing of each other, nor of the config: a user may use one alone.
     "models": set(),
     "tasks": GROUND,

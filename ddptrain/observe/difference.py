@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ddptrain.compose import flatten, to_plain
+from ddptrain.errors import Refused
+from ddptrain.files import read_json
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.run_directory import RunDirectory, changes
 
 Record = dict[str, Any]
 ROUNDING = 1e-4
 """Gradient norms closer than this may differ by rounding alone."""
+HOW = "log.fingerprint_every=1 records every step"
 
 
 def circumstances(first: RunDirectory, second: RunDirectory) -> Iterator[str]:
@@ -24,10 +25,10 @@ def circumstances(first: RunDirectory, second: RunDirectory) -> Iterator[str]:
     for line in changes(*({k: v for k, v in c.items() if k not in own} for c in configs)):
         yield f"config: {line}"
     origins = [flatten(run.provenance()) for run in (first, second)]
-    code = ("versions.", "git_commit", "git_changes_sha256")
+    code = ("versions.", "git_commit", "git_changes.")
     for line in changes(*({k: v for k, v in o.items() if k.startswith(code)} for o in origins)):
         yield f"code: {line}"
-    data = [flatten(_read_json(run.data)) for run in (first, second)]
+    data = [flatten(read_json(run.data)) for run in (first, second)]
     if all(data):
         yield from (f"data: {line}" for line in changes(*data))
     ranks = [run.outcome().get("world_size") for run in (first, second)]
@@ -35,44 +36,53 @@ def circumstances(first: RunDirectory, second: RunDirectory) -> Iterator[str]:
         yield f"ranks: {ranks[0]} → {ranks[1]}"
 
 
-def parting(first: RunDirectory, second: RunDirectory) -> str | None:
-    """Tell the first step in which two runs are known to differ, and how; None if in none."""
+def compare(first: RunDirectory, second: RunDirectory) -> tuple[bool, str]:
+    """Whether two runs did the same as far as is recorded, and what tells.
+
+    Raises ``Refused`` if nothing that they recorded can be compared.
+    """
     one, other = Fingerprints.read(first), Fingerprints.read(second)
+    without = [str(run.path) for run, own in ((first, one), (second, other)) if own is None]
+    advice = f"; no fingerprints in {', '.join(without)}: {HOW}" if without else ""
+    same: list[str] = []
     if one is not None and other is not None:
-        return one.parting(other)
-    lines = [{(r["step"], r["split"]): r for r in read_json_lines(run.metrics)}
-             for run in (first, second)]  # fmt: skip
-    timing = {"samples_per_second"}
-    for key in (key for key in lines[0] if key in lines[1]):
-        pair = [{k: v for k, v in of_run[key].items() if k not in timing} for of_run in lines]
-        if told := changes(*pair):
-            return f"step {key[0]}, {key[1]}: {told[0]}; {_advice(first, second)}"
-    results = [run.outcome() for run in (first, second)]
-    ends = [{k: r[k] for k in ("step", "weights_sha256")} for r in results if r]
-    if len(ends) == 2 and ends[0] != ends[1]:
-        return f"at the end: {'; '.join(changes(*ends))}; {_advice(first, second)}"
-    return None
-
-
-def known(first: RunDirectory, second: RunDirectory) -> str:
-    """Say how far two runs that do not differ are known to be the same."""
-    one, other = Fingerprints.read(first), Fingerprints.read(second)
+        if where := one.parting(other):
+            return False, where
+        if common := one.steps.keys() & other.steps.keys():
+            same.append(f"{len(common)} recorded steps are equal")
+    lines, its_lines = _lines(first, second)
+    for step, split in (key for key in lines if key in its_lines):
+        if told := changes(lines[step, split], its_lines[step, split]):
+            return False, f"step {step}, {split}: {told[0]}{advice}"
+    if not same and (in_both := lines.keys() & its_lines.keys()):
+        same.append(f"{len(in_both)} lines of metrics are equal")
     ends = [run.outcome() for run in (first, second)]
-    finished = all(ends) and ends[0]["step"] == ends[1]["step"]
-    weights = f"the same weights after step {ends[0]['step']}" if finished else ""
-    if one is None or other is None:
-        return f"{weights or 'no difference found'}; {_advice(first, second)}"
-    common = one.steps.keys() & other.steps.keys()
-    return f"{len(common)} recorded steps are equal" + (f", and {weights}" if weights else "")
+    if all(ends) and ends[0]["step"] == ends[1]["step"]:
+        if ends[0]["weights_sha256"] != ends[1]["weights_sha256"]:
+            return False, f"other weights after step {ends[0]['step']}, at the end{advice}"
+        same.append(f"the same weights after step {ends[0]['step']}")
+    if not same:
+        raise Refused(f"{first.path} and {second.path} recorded nothing of one step; {HOW}")
+    return True, f"the same: {', and '.join(same)}{advice}"
 
 
-def _advice(first: RunDirectory, second: RunDirectory) -> str:
-    without = [str(run.path) for run in (first, second) if not run.fingerprints.exists()]
-    return f"no fingerprints in {', '.join(without)}: log.fingerprint_every=1 records every step"
+Lines = dict[tuple[int, str], Record]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+def _lines(first: RunDirectory, second: RunDirectory) -> tuple[Lines, Lines]:
+    """What both runs logged and can be compared: a training line is a mean over an interval."""
+    runs = first, second
+    alike = len({run.load().log.every_steps for run in runs}) == 1
+    timing = {"samples_per_second"}
+    one, other = (
+        {
+            (line["step"], line["split"]): {k: v for k, v in line.items() if k not in timing}
+            for line in read_json_lines(run.metrics)
+            if {"step", "split"} <= line.keys() and (alike or line["split"] != "train")
+        }
+        for run in runs
+    )
+    return one, other
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,12 @@ class Fingerprints:
 
     @staticmethod
     def read(run: RunDirectory) -> Fingerprints | None:
-        """The fingerprints of ``run``; None if it recorded none."""
+        """The fingerprints of ``run``; None if it recorded none. Damaged lines are left out."""
         header, *records = read_json_lines(run.fingerprints) or [{}]
-        if "tensors" not in header:
+        if not header.keys() >= {"step", "parameters", "tensors", "weights"}:
             return None
-        return Fingerprints(header, {record["step"]: record for record in records})
+        links = {"step", "samples", "batch", "gradients", "norms", "weights"}
+        return Fingerprints(header, {r["step"]: r for r in records if r.keys() >= links})
 
     def parting(self, other: Fingerprints) -> str | None:
         for names in ("parameters", "tensors"):
@@ -110,7 +121,7 @@ class Fingerprints:
             return "the data differs first: it takes other samples"
         if mine["batch"] != its["batch"]:
             return "the data differs first: the same samples with other contents"
-        if odd := _unequal(self.header["parameters"], mine["gradients"], its["gradients"]):
+        if odd := self._unequal(other, "parameters", mine["gradients"], its["gradients"]):
             apart = max(map(_apart, mine["norms"], its["norms"]))
             hint = ", which may be rounding" if apart < ROUNDING else ""
             return (
@@ -124,24 +135,26 @@ class Fingerprints:
     def _odd(self, other: Fingerprints, step: int | None) -> list[str]:
         """The tensors that differ after ``step``, or before the first recorded one."""
         mine, its = (r.header if step is None else r.steps[step] for r in (self, other))
-        return _unequal(self.header["tensors"], mine["weights"], its["weights"])
+        return self._unequal(other, "tensors", mine["weights"], its["weights"])
+
+    def _unequal(
+        self, other: Fingerprints, names: str, one: list[str], its: list[str]
+    ) -> list[str]:
+        """The names whose hashes differ, in this run's order."""
+        hashes = dict(zip(other.header[names], its, strict=True))
+        mine = zip(self.header[names], one, strict=True)
+        return [name for name, hash_ in mine if hashes[name] != hash_]
 
 
 def _gap(before: int, step: int) -> str:
     if step - before == 1:
         return ""
-    return (
-        f"; nothing is recorded of the steps {before + 1} to {step - 1}, where it may have begun: "
-        "log.fingerprint_every=1 records every step"
-    )
+    between = f"the steps {before + 1} to {step - 1}"
+    return f"; nothing is recorded of {between}, where it may have begun: {HOW}"
 
 
 def _apart(one: float, other: float) -> float:
     return 0.0 if one == other else abs(one - other) / max(abs(one), abs(other))
-
-
-def _unequal(names: list[str], one: list[str], other: list[str]) -> list[str]:
-    return [n for n, left, right in zip(names, one, other, strict=True) if left != right]
 
 
 def _shown(names: list[str]) -> str:

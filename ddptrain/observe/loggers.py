@@ -48,8 +48,8 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     objects = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            objects.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             continue
     return objects
 

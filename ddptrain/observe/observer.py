@@ -12,11 +12,12 @@ import yaml
 
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config
-from ddptrain.files import replace_text
+from ddptrain.files import read_json, replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen, say
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
-from ddptrain.run_directory import RunDirectory, changes, computed, versions
+from ddptrain.origin import versions
+from ddptrain.run_directory import RunDirectory, changes, computed
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Observer:
 
     @staticmethod
     def _compare_data(data: dict[str, Any], file: Path, what: str) -> None:
-        before = json.loads(file.read_text()) if file.exists() else data
+        before = read_json(file) or data
         for change in changes(flatten(before), flatten(data)):
             logger.warning("the data differs from %s: data.%s", what, change)
 

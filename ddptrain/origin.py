@@ -1,0 +1,77 @@
+"""Where the code of a run came from: versions, commit, and what the folder has beside it."""
+
+from __future__ import annotations
+
+import subprocess
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+PACKAGES = ("ddptrain", "torch", "numpy", "hydra-core", "safetensors", "torchmetrics")
+DIFF = "code.diff"
+
+
+def origin() -> dict[str, Any]:
+    """The code that is about to run: versions, and the git state of the folder started from."""
+    return {
+        "versions": versions(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git_changes(),
+    }
+
+
+def uncommitted() -> str:
+    """What `git diff HEAD` says; empty outside of git."""
+    return _git("diff", "HEAD") or ""
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run computes."""
+    return {"python": python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _git_changes() -> dict[str, str]:
+    """Digests, by name, of the files that are not as in the commit.
+
+    Of files that git does not know only code and configs count, and none of a run's directory.
+    """
+    root = _git("rev-parse", "--show-toplevel")
+    if root is None:
+        return {}
+    changed = _names("-C", root, "diff", "HEAD", "--name-only", "-z")
+    unknown = [
+        name
+        for name in _names("-C", root, "ls-files", "--others", "--exclude-standard", "-z")
+        if name.endswith((".py", ".yaml")) and not (Path(root, name).parent / DIFF).exists()
+    ]
+    return {name: _digest(Path(root, name)) for name in sorted({*changed, *unknown})}
+
+
+def _digest(file: Path) -> str:
+    try:
+        return sha256(file.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "deleted"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _names(*arguments: str) -> list[str]:
+    return [name for name in (_git(*arguments) or "").split("\0") if name]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, errors="replace", check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout if "diff" in arguments else done.stdout.strip()
