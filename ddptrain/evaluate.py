@@ -27,7 +27,8 @@ class Evaluation:
     """Runs a task's metrics over one split, its micro-batches shared out among the ranks.
 
     No rank pads and no sample counts twice: a rank may have no micro-batch at all. The states of
-    the metrics are gathered in rank order, which is the split's order, and merged on every rank.
+    the metrics are gathered in rank order, which is the split's order, and merged on every rank;
+    sums in floating point by micro-batch, so that they do not depend on the number of ranks.
     """
 
     def __init__(
@@ -71,16 +72,19 @@ class Evaluation:
         for metric in metrics.values():
             # The states are merged here, once: torchmetrics must not add up the ranks again.
             metric.distributed_available_fn = _not_distributed
+        addends = {name: Addends(metric) for name, metric in metrics.items()}
         source = self.fetcher.source
         with _in_eval_mode(self.task), torch.inference_mode(), self.autocast():
             for micro_batch, batch in zip(self._micro_batches(), self.batches, strict=True):
                 key = derive(source.plan.seed, f"evaluation/{source.name}", micro_batch.index)
                 key_generators(key, self.ranks.device)
                 self.task.update(metrics, batch)
-        return self._compute(metrics)
+                for of_metric in addends.values():
+                    of_metric.take()
+        return self._compute(metrics, {name: _state(addends[name]) for name in metrics})
 
-    def _compute(self, metrics: dict[str, Metric]) -> dict[str, float]:
-        of_ranks = self.ranks.gather({name: _state(metric) for name, metric in metrics.items()})
+    def _compute(self, metrics: dict[str, Metric], own: dict[str, State]) -> dict[str, float]:
+        of_ranks = self.ranks.gather(own)
         for rank, states in enumerate(of_ranks):
             if states.keys() != metrics.keys():
                 difference = sorted(states.keys() ^ metrics.keys())
@@ -118,8 +122,35 @@ State = dict[str, Any]
 Reduce = Callable[[Tensor], Tensor]
 
 
-def _state(metric: Metric) -> State:
+class Addends:
+    """What each micro-batch adds to those states of a metric that are sums in floating point."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.by_state: dict[str, list[Tensor]] = {key: [] for key in _float_sums(metric)}
+
+    def take(self) -> None:
+        """Take the states, which begin at zero again."""
+        for key, addends in self.by_state.items():
+            value = getattr(self.metric, key)
+            addends.append(value)
+            setattr(self.metric, key, torch.zeros_like(value))
+
+
+def _float_sums(metric: Metric) -> list[str]:
+    return [
+        key
+        for key, reduction in metric._reductions.items()
+        if getattr(reduction, "__name__", "") == "dim_zero_sum"
+        and isinstance(start := metric._defaults[key], Tensor)
+        and start.is_floating_point()
+        and not start.any()
+    ]
+
+
+def _state(addends: Addends) -> State:
     """The states of a metric that has been updated, on the CPU; empty if it has not."""
+    metric = addends.metric
     if next(metric.children(), None) is not None:
         raise TrainingError(
             f"evaluation: {type(metric).__name__} is made of other metrics, whose states are not "
@@ -127,10 +158,11 @@ def _state(metric: Metric) -> State:
         )
     if not metric.update_called:
         return {}
-    return {
+    states = {
         key: [t.cpu() for t in value] if isinstance(value, list) else value.cpu()
         for key, value in metric.metric_state.items()
     }
+    return states | {key: torch.stack(own).cpu() for key, own in addends.by_state.items()}
 
 
 def _merge(metric: Metric, states: list[State]) -> None:
@@ -143,6 +175,8 @@ def _merge(metric: Metric, states: list[State]) -> None:
             merged: Any = [t.to(metric.device) for part in parts for t in part]
         elif reduction is None:
             merged = torch.stack(parts).to(metric.device)
+        elif key in _float_sums(metric):
+            merged = torch.cat(parts).sum(0).to(metric.device)
         elif getattr(reduction, "__name__", "") == "dim_zero_cat":
             merged = torch.cat(parts).to(metric.device)
         else:

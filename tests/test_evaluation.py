@@ -37,7 +37,7 @@ from torchmetrics.wrappers import MinMaxMetric
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
-from ddptrain.evaluate import Evaluation, _in_eval_mode, _merge, _state
+from ddptrain.evaluate import Addends, Evaluation, _in_eval_mode, _merge, _state
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
@@ -112,24 +112,24 @@ def of_ranks(
     data: tuple[Tensor, Tensor],
     world_size: int,
     micro: int,
-) -> list[Metric]:
+) -> list[Addends]:
     """Each rank's metric after its own micro-batches; one that had none was never updated."""
     samples = len(data[0])
     plan = Plan(samples, samples, micro, shuffled=False)
     metrics = []
     for rank in range(world_size):
-        metric = make()
+        addends = Addends(make())
         for batch in plan.micro_batches(0, rank, world_size):
-            update(metric, *(tensor[batch.start : batch.stop] for tensor in data))
-        metrics.append(metric)
+            update(addends.metric, *(tensor[batch.start : batch.stop] for tensor in data))
+            addends.take()
+        metrics.append(addends)
     return metrics
 
 
-def merged_value(metrics: list[Metric], on_rank: int) -> float:
+def merged_value(metrics: list[Addends], on_rank: int) -> float:
     """What this rank computes once it has the states of all."""
-    states = [_state(metric) for metric in metrics]
-    _merge(metrics[on_rank], states)
-    return float(metrics[on_rank].compute())
+    _merge(metrics[on_rank].metric, list(map(_state, metrics)))
+    return float(metrics[on_rank].metric.compute())
 
 
 def value_alone(make: Callable[[], Metric], update: Update, data: tuple[Tensor, Tensor]) -> float:
@@ -183,6 +183,20 @@ def test_ranks_together_give_the_sums_of_one_process(
     )
 
 
+@pytest.mark.parametrize("name", ["weighted mean", "sum", "squared error", "R2"])
+@settings(max_examples=25)
+@given(seed=SHARES["seed"], micro=SHARES["micro"])
+def test_sums_have_the_same_bits_on_any_number_of_ranks(name: str, seed: int, micro: int) -> None:
+    make, update = SUMMING[name]
+    outputs, labels = split(seed, 21)
+    batch = outputs * 0.1, labels  # sums that round
+    values = {
+        merged_value(of_ranks(make, update, batch, world_size, micro), 0)
+        for world_size in (1, 2, 3, 4)
+    }
+    assert len(values) == 1
+
+
 @pytest.mark.parametrize(("make", "update"), EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("on_rank", [0, 3])
 def test_a_rank_without_any_sample_has_the_same_value(
@@ -191,7 +205,7 @@ def test_a_rank_without_any_sample_has_the_same_value(
     """Six samples in two micro-batches for four ranks: two ranks have nothing to add."""
     batch = split(1, 6)
     metrics = of_ranks(make, update, batch, world_size=4, micro=3)
-    assert [metric.update_called for metric in metrics] == [False, True, False, True]
+    assert [addends.metric.update_called for addends in metrics] == [False, True, False, True]
     value = merged_value(metrics, on_rank)
     assert value == pytest.approx(value_alone(make, update, batch), rel=1e-5)
 
@@ -229,8 +243,8 @@ def test_a_metric_of_metrics_is_merged_or_refused(
     update(alone, *batch)
     metrics = of_ranks(make, update, batch, world_size=2, micro=3)
     try:
-        _merge(metrics[1], [_state(metric) for metric in metrics])
-        value = number(metrics[1].compute())
+        _merge(metrics[1].metric, list(map(_state, metrics)))
+        value = number(metrics[1].metric.compute())
     except TrainingError:
         return
     assert value == pytest.approx(number(alone.compute()), rel=1e-5)
@@ -238,12 +252,10 @@ def test_a_metric_of_metrics_is_merged_or_refused(
 
 def test_merging_takes_nothing_from_what_was_gathered() -> None:
     """With one rank the gathered states are the metric's own: merging must not empty them."""
-    metric = BinaryAUROC()
-    outputs, labels = split(4, 12)
-    decide(metric, outputs[:6], labels[:6])
-    decide(metric, outputs[6:], labels[6:])
-    assert merged_value([metric], 0) == value_alone(BinaryAUROC, decide, (outputs, labels))
-    assert sum(map(len, metric.metric_state["preds"])) == 12
+    batch = split(4, 12)
+    (addends,) = of_ranks(BinaryAUROC, decide, batch, world_size=1, micro=6)
+    assert merged_value([addends], 0) == value_alone(BinaryAUROC, decide, batch)
+    assert sum(map(len, addends.metric.metric_state["preds"])) == 12
 
 
 # --- the whole evaluation, on one rank ---------------------------------------------------------
