@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 from launching import DDPTRAIN, PROJECT, TORCHRUN, Finished, run
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from ddptrain import Loss, Task
 from ddptrain.build import build_trainer
@@ -59,9 +60,8 @@ def lines(finished: Finished) -> dict[str, list[str]]:
     return found
 
 
-def test_digits_holds_to_the_bit(tmp_path: Path) -> None:
-    temporary = Path(tempfile.gettempdir())
-    before = set(temporary.glob("ddptrain-verify-*"))
+def test_digits_holds_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what is left there is seen
     finished = verify(tmp_path, "verify", "experiment=digits", "parallel.reduction=exact")
     assert finished.returncode == 0, finished.stdout
     checks = lines(finished)
@@ -73,7 +73,6 @@ def test_digits_holds_to_the_bit(tmp_path: Path) -> None:
     assert re.search(r"resumed after step 1 +same weights", told)
     assert re.search(r"2 loading workers +same weights", told)
     assert re.search(r"evaluation +same metrics of val, test", told)
-    assert not set(temporary.glob("ddptrain-verify-*")) - before
 
 
 def test_users_own_project_holds_up_to_rounding(project: Path) -> None:
@@ -232,6 +231,64 @@ def test_generators_of_its_own_are_found_and_the_global_ones_are_not() -> None:
         "attribute tools.rng": "a numpy RandomState",
         "attribute tools.noise": "a torch.Generator",
     }
+
+
+GENERATOR = random.Random(1)
+
+
+def draw() -> float:
+    return GENERATOR.random()
+
+
+class Draws:
+    @property
+    def noise(self) -> float:
+        return max(draw() for _ in range(2))
+
+
+class Inherits(Draws):
+    pass
+
+
+class Plain:
+    def noise(self) -> float:
+        return random.random()
+
+
+def test_a_global_generator_counts_only_where_it_is_used() -> None:
+    where = f"module's global {__name__}.GENERATOR"
+    assert observe(Draws()).generators == {where: "a random.Random"}
+    assert observe(Inherits()).generators == {where: "a random.Random"}
+    assert observe(Plain()).generators == {}
+
+
+class Clocked(Plain):
+    def noise(self) -> float:
+        return time.time() % 1
+
+
+class OfWorker(Plain):
+    def noise(self) -> float:
+        return get_worker_info().id  # type: ignore[union-attr]
+
+
+class ByChance(Plain):
+    def noise(self) -> float:
+        return np.random.default_rng().random()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Clocked, "its code reads the process or the clock"),
+        (OfWorker, "its code asks which loading worker runs it"),
+        (ByChance, "its code draws from a generator that is seeded by chance"),
+        (Plain, "nothing in its attributes tells"),
+    ],
+)
+def test_what_the_code_does_is_told_if_no_attribute_tells(kind: type[Plain], expected: str) -> None:
+    seen = observe(kind())
+    assert find_reason("data", seen, seen, [])[0].startswith(expected)
 
 
 def test_reasons() -> None:

@@ -6,10 +6,10 @@ import inspect
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,19 @@ HIDDEN = {
     Optimizer: frozenset({"state", "param_groups", "defaults"}),
 }
 """What torch keeps in its own objects, and a checkpoint holds."""
-READS_THE_RANK = re.compile(r"get_rank\(|get_world_size\(|[\"'](?:LOCAL_)?(?:RANK|WORLD_SIZE)[\"']")
+RANK = "reads the rank, or how many there are"
+WHAT_CODE_DOES = {
+    RANK: re.compile(r"get_rank\(|get_world_size\(|[\"'](?:LOCAL_)?(?:RANK|WORLD_SIZE)[\"']"),
+    "asks which loading worker runs it": re.compile(r"get_worker_info\("),
+    "draws from a generator that is seeded by chance": re.compile(
+        r"default_rng\(\)|RandomState\(\)|\bRandom\(\)|SystemRandom|urandom\(|\buuid[14]\(|secrets\."
+    ),
+    "reads the process or the clock": re.compile(
+        r"getpid\(|get_ident\(|perf_counter|monotonic\(|time_ns\(|\btime\.time\(|\bnow\(\)"
+    ),
+}
+"""What makes the same code do something else the next time, by how it looks."""
+LIBRARIES = ("torch", "ddptrain", "builtins", "numpy")
 
 
 @dataclass
@@ -36,12 +48,13 @@ class Attributes:
 
     generators: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
-    reads_the_rank: bool = False
+    code: list[str] = field(default_factory=list)
+    """What of ``WHAT_CODE_DOES`` is seen in the object's class."""
 
 
 def observe(thing: object) -> Attributes:
     """What ``thing`` holds now."""
-    found = Attributes(reads_the_rank=_reads_the_rank(type(thing)))
+    found = Attributes(code=_what_code_does(type(thing)))
     for path, value in _attributes(thing, "", DEPTH):
         if (kind := _generator(value)) is not None:
             found.generators[f"attribute {path}"] = kind
@@ -101,17 +114,48 @@ def _told(value: object) -> str | None:
 
 
 def _globals(kind: type[Any]) -> list[tuple[str, object]]:
-    """The globals of the user's module that defines a class; libraries hold what they like."""
-    if kind.__module__.partition(".")[0] in ("torch", "ddptrain", "builtins", "numpy"):
+    """The globals that a user's class names, in its own code or in functions that it calls."""
+    named: dict[str, object] = {}
+    for owner in kind.__mro__:
+        module = sys.modules.get(owner.__module__)
+        if _is_users(owner) and module is not None:
+            codes = [f.__code__ for f in map(_function, vars(owner).values()) if f is not None]
+            named |= {
+                f"{owner.__module__}.{name}": value
+                for name, value in _named_by(codes, vars(module)).items()
+            }
+    return list(named.items())
+
+
+def _named_by(codes: list[CodeType], module: Mapping[str, object]) -> dict[str, object]:
+    """What of a module's globals is named by ``codes``, and by its functions that they name."""
+    named: dict[str, object] = {}
+    for code in codes:  # which grows
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        for name in code.co_names:
+            if name in module and name not in named:
+                named[name] = module[name]
+                function = _function(module[name])
+                codes += [] if function is None else [function.__code__]
+    return named
+
+
+def _function(value: object) -> FunctionType | None:
+    """The function in what a class or module holds: a method, property, or plain function."""
+    for name in ("fget", "__func__", "__wrapped__"):
+        value = getattr(value, name, None) or value
+    return value if isinstance(value, FunctionType) else None
+
+
+def _is_users(kind: type[Any]) -> bool:
+    return kind.__module__.partition(".")[0] not in LIBRARIES
+
+
+def _what_code_does(kind: type[Any]) -> list[str]:
+    if not _is_users(kind):
         return []
-    module = sys.modules.get(kind.__module__)
-    return [(f"{kind.__module__}.{name}", value) for name, value in vars(module or kind).items()]
-
-
-def _reads_the_rank(kind: type[Any]) -> bool:
-    if kind.__module__.partition(".")[0] in ("torch", "ddptrain", "builtins"):
-        return False
     try:
-        return READS_THE_RANK.search(inspect.getsource(kind)) is not None
+        source = inspect.getsource(kind)
     except (OSError, TypeError):
-        return False
+        return []
+    return [what for what, pattern in WHAT_CODE_DOES.items() if pattern.search(source)]

@@ -37,7 +37,8 @@ def check_ranks(results: list[Result], exact: bool) -> list[Check]:
     if parted:
         figure = f"other gradients or weights, on {_list([r.trial.world_size for r in parted])}"
         figure += "" if exact else f" (largest relative difference {far})"
-    samples = f"{'same' if same else 'other'} samples in {count} micro-batches"
+    contents = "" if same else " with other contents"
+    samples = f"same samples{contents} in {count} micro-batches"
     return [
         Check(what, samples, same),
         Check(what, figure, not parted, tuple(map(find, parted))),

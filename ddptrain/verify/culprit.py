@@ -41,7 +41,7 @@ def _key(difference: Difference) -> str:
 def _where(result: Result, difference: Difference) -> str:
     moment, kind, name = difference
     what = {
-        "batch": "other samples",
+        "batch": "the same samples, with other contents",
         "input": "it hands on other values, though its own input is the same",
         "output": "its output is another one, though its input is the same",
         "calls": "it calls other modules",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddptrain.verify.attributes import Attributes
+from ddptrain.verify.attributes import RANK, Attributes
 
 KEYED = {
     "data": "the global generators of Python, numpy or torch, which are keyed before each sample",
@@ -24,7 +24,9 @@ UNKNOWN = {
     "optim": "nothing in its attributes tells; look for random numbers, the rank, or state outside "
     "`state` and `param_groups`",
 }
-RANK = "let nothing depend on the rank: a micro-batch is computed by another rank in the next run"
+NO_RANK = (
+    "let nothing depend on the rank: a micro-batch is computed by another rank in the next run"
+)
 
 
 def find_reason(
@@ -44,13 +46,15 @@ def find_reason(
             first = before.values.get(name, value)
             if value != first:
                 why = f"its attribute {name} is {value} on rank {rank}, {first} on a rank alone"
-                return why, RANK
-    if before.reads_the_rank:
-        return "its code reads the rank, or how many there are", RANK
+                return why, NO_RANK
+    if RANK in before.code:
+        return f"its code {RANK}", NO_RANK
     for name, value in after.values.items():
         first = before.values.get(name, "not there")
         if value != first:
             return f"its attribute {name} {_went(first, value)}", PURE[kind]
+    if before.code:
+        return f"its code {before.code[0]}", PURE[kind].partition(", which")[0]
     return UNKNOWN[kind], PURE[kind].replace("keep it in", "keep such state in")
 
 
