@@ -61,8 +61,11 @@ def lines(finished: Finished) -> dict[str, list[str]]:
 
 
 def test_digits_holds_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what is left there is seen
-    finished = verify(tmp_path, "verify", "experiment=digits", "parallel.reduction=exact")
+    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
+    temporary.mkdir()
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    finished = verify(folder, "verify", "experiment=digits", "parallel.reduction=exact")
     assert finished.returncode == 0, finished.stdout
     checks = lines(finished)
     assert not checks["FAILED"]
@@ -73,6 +76,7 @@ def test_digits_holds_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert re.search(r"resumed after step 1 +same weights", told)
     assert re.search(r"2 loading workers +same weights", told)
     assert re.search(r"evaluation +same metrics of val, test", told)
+    assert not list(temporary.glob("ddptrain-*"))
 
 
 def test_users_own_project_holds_up_to_rounding(project: Path) -> None:
