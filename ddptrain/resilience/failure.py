@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from ddptrain.errors import EXIT_FAILED, PeerFailed, TrainingError
 from ddptrain.place import Place
@@ -44,7 +45,7 @@ def exit_with(error: BaseException, place: Place, context: str, on_screen: bool)
     return getattr(error, "exit_code", EXIT_FAILED)
 
 
-def leave_now(code: int) -> None:
+def leave_now(code: int) -> NoReturn:
     """End this process without waiting for peers, whose half of a teardown will never come."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -61,12 +61,14 @@ def verify_rank(folder: Path) -> int:
                     leave_now(EXIT_FAILED)  # which ends the other ranks, who would not get far
         if place.rank == 0:
             _report(folder, order, config, [*alone, *judge(outcomes, config)])
+        code = EXIT_COMPLETED
     except BaseException as error:
         code = exit_with(error, place, f"verifying on {trial}: ", on_screen=False)
-        if place.world_size > 1:
-            leave_now(code)
-        return code
-    return EXIT_COMPLETED
+    # Not through Python's own end: a thread of the process group that wants Python's lock then
+    # aborts the process, and the ranks that are still at work with it.
+    if place.world_size > 1:
+        leave_now(code)
+    return code
 
 
 def plan_trials(world_sizes: list[int], config: Config) -> list[Trial]:
