@@ -197,7 +197,7 @@ class Exact:
                 torch.tensor(KINDS, device=largest.device),
             )
         edges, kinds = self.kinds[largest.dtype]
-        return kinds[torch.bucketize(largest, edges, right=True)]
+        return torch.take(kinds, torch.bucketize(largest, edges, right=True))
 
     def _judge(self, index: int, sums: Tensor, buffer: Tensor) -> None:
         """Turn the sums into the gradient, which is NaN somewhere if one was out of range."""
