@@ -17,6 +17,7 @@ from ddptrain.config import Config, Resume, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.origin import origin
+from ddptrain.parent import end_with_parent
 from ddptrain.place import Place
 from ddptrain.resilience.failure import is_first_to_say, tell_agent
 from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory
@@ -110,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _end_with_agent() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
 def _refuse_under_torchrun(command: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise Refused(
@@ -148,6 +154,7 @@ def _start(config: Config, overrides: list[str], rerun_of: str | None = None) ->
 
 def _rank(parsed: argparse.Namespace) -> int:
     """Be one rank, under torchrun or alone."""
+    _end_with_agent()
     phases = Phases()
     config = compose(parsed.overrides)
     place = Place.from_environment()
@@ -161,6 +168,7 @@ def _rank(parsed: argparse.Namespace) -> int:
 
 def _worker(parsed: argparse.Namespace) -> int:
     """Be one rank that ``ddptrain train`` has started."""
+    _end_with_agent()
     phases = Phases()
     config = validate(yaml.safe_load(RunDirectory(parsed.run).launched.read_text()))
     config.run.resume = Resume.auto
@@ -182,6 +190,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 def _verify_rank(parsed: argparse.Namespace) -> int:
     """Be one rank that ``ddptrain verify`` has started."""
+    _end_with_agent()
     from ddptrain.verify.rank import verify_rank
 
     return verify_rank(parsed.folder)

@@ -41,18 +41,23 @@ def start(command: list[str], folder: Path = PROJECT) -> subprocess.Popen[str]:
 
 def kill_tree(root: int) -> None:
     """SIGKILL a process and all below it; torchrun's ranks are in sessions of their own."""
+    for process in tree(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def tree(root: int) -> list[int]:
+    """A process and all below it."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue  # it has ended since it was listed
-    doomed = [root]
-    for process in doomed:
-        doomed += [child for child, parent in parents.items() if parent == process]
-    for process in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    found = [root]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
 
 
 def run(command: list[str], folder: Path = PROJECT) -> Finished:

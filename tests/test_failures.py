@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from launching import DDPTRAIN, PROJECT, TORCHRUN, Finished, run
+from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, Finished, run, start, tree
 
 LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]
 UNDER_TORCHRUN = [*TORCHRUN, "2", "-m", "ddptrain"]
@@ -86,6 +90,31 @@ def test_torchrun_report_ends_with_the_error(project: Path) -> None:
     ruler, error = finished.stderr.strip().splitlines()[:-3:-1]
     assert set(ruler) == {"="}
     assert re.search(r"rank 1 .*step \d+, samples [\d, ]+: KeyError: 'a bug in user code'", error)
+
+
+@pytest.mark.parametrize("launcher", [LAUNCHED, UNDER_TORCHRUN], ids=["ddptrain", "torchrun"])
+def test_ranks_and_their_workers_end_with_the_agent(project: Path, launcher: list[str]) -> None:
+    """However it ends: torch's own agent, if killed, leaves its ranks training."""
+    endless = ["experiment=ragged", "train.max_steps=1000000", "data.workers=1"]
+    agent = start([*launcher, *endless, f"run.dir={project / 'run'}"], project)
+    metrics = project / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert agent.poll() is None, agent.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes = tree(agent.pid)
+    try:
+        assert len(processes) >= 5  # the agent, two ranks, and a worker of each
+        os.kill(agent.pid, signal.SIGKILL)
+        agent.communicate()  # ends when all who hold its pipes have ended
+        while any(Path(f"/proc/{process}").exists() for process in processes):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 def test_typo_under_torchrun_is_said_once(project: Path) -> None:

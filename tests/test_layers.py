@@ -15,7 +15,7 @@ import ddptrain
 ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-GROUND = {"errors", "keys", "files", "place", "generators", "hashing"}
+GROUND = {"errors", "keys", "files", "parent", "place", "generators", "hashing"}
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "run_directory", "state"}
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "place": {"errors"},
     "generators": set(),
+    "parent": set(),
     "hashing": set(),
     "config": {"errors"},
     "sources": set(),

@@ -18,6 +18,7 @@ from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import DataError
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
+from ddptrain.parent import end_with_parent
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Fetcher:
             num_workers=self.workers,
             pin_memory=on_gpu,
             persistent_workers=True,
+            worker_init_fn=_end_with_rank,
         )
         watched = _Watched(loader, self.source.label)
         return _Moved(watched, self.device) if on_gpu else watched
@@ -174,6 +176,10 @@ class Fetcher:
                 )
             )
         )
+
+
+def _end_with_rank(_: int) -> None:
+    end_with_parent()
 
 
 @dataclass

@@ -1,0 +1,24 @@
+"""A process ends with the one that started it, so that no orphan goes on writing to a run."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process as soon as its parent is gone, however that ended.
+
+    For a rank under an agent, and a loading worker under its rank: torchrun's agent, if killed,
+    leaves its ranks training. On Linux alone; see prctl(2).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
