@@ -28,7 +28,7 @@ class Evaluation:
 
     No rank pads and no sample counts twice: a rank may have no micro-batch at all. The states of
     the metrics are gathered in rank order, which is the split's order, and merged on every rank;
-    sums in floating point by micro-batch, so that they do not depend on the number of ranks.
+    small sums in floating point by micro-batch, so that the number of ranks does not show in them.
     """
 
     def __init__(
@@ -137,13 +137,19 @@ class Addends:
             setattr(self.metric, key, torch.zeros_like(value))
 
 
+LARGEST_ADDEND = 1024
+"""Elements of a state of which an addend per micro-batch is kept; those of FID are millions."""
+
+
 def _float_sums(metric: Metric) -> list[str]:
+    """The states that are small sums in floating point."""
     return [
         key
         for key, reduction in metric._reductions.items()
         if getattr(reduction, "__name__", "") == "dim_zero_sum"
         and isinstance(start := metric._defaults[key], Tensor)
         and start.is_floating_point()
+        and start.numel() <= LARGEST_ADDEND
         and not start.any()
     ]
 

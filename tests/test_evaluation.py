@@ -197,6 +197,34 @@ def test_sums_have_the_same_bits_on_any_number_of_ranks(name: str, seed: int, mi
     assert len(values) == 1
 
 
+class Covariance(Metric):
+    """Adds up a large matrix, as FID does."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(40, 40), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        self.total += values
+
+    def compute(self) -> Tensor:
+        return self.total.sum()
+
+
+def test_large_sums_are_not_kept_by_micro_batch() -> None:
+    metrics = []
+    for rank in range(2):
+        addends = Addends(Covariance())
+        for micro_batch in range(3):
+            addends.metric.update(torch.full((40, 40), float(rank + micro_batch)))
+            addends.take()
+        assert _state(addends)["total"].shape == (40, 40)
+        metrics.append(addends)
+    assert merged_value(metrics, 0) == 1600 * 9
+
+
 @pytest.mark.parametrize(("make", "update"), EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("on_rank", [0, 3])
 def test_a_rank_without_any_sample_has_the_same_value(
