@@ -19,7 +19,7 @@ RESERVED = frozenset(
 
 
 class Accounted(nn.Module):
-    """A task whose account, (count, sum of losses, number of logged values), is a gradient.
+    """A task whose account is a gradient: (count, sum of losses, logged values, wishes to stop).
 
     The account is a parameter that stays zero; its gradient is the micro-batch's account. So it
     is accumulated, bucketed and all-reduced with the gradients, without a collective of its own,
@@ -36,14 +36,16 @@ class Accounted(nn.Module):
         self.autocast = autocast
         is_double = any(p.dtype == torch.float64 for p in task.parameters())
         dtype = torch.float64 if is_double else torch.float32
-        self.account = nn.Parameter(torch.zeros(3, dtype=dtype))
+        self.account = nn.Parameter(torch.zeros(4, dtype=dtype))
         self.scalars: dict[float, Tensor] = {}
+        self.wants_stop = False
 
     def forward(self, batch: Batch | None) -> Tensor:
         """Return the scalar to call ``backward`` on; None is a rank's part of a step too short."""
         if batch is None:
             used = [p for p in self.parameters() if p.requires_grad]
-            return torch.stack([(p * 0).sum().to(self.account) for p in used]).sum()
+            nothing = torch.stack([(p * 0).sum().to(self.account) for p in used]).sum()
+            return nothing + self.account[3] * self.scalar(self.wants_stop)
         with self.autocast():
             loss = self.task(batch)
         if not isinstance(loss, Loss):
@@ -60,6 +62,7 @@ class Accounted(nn.Module):
         total = loss.sum.to(self.account.dtype)
         told = self.window.add(loss) if loss.logs else 0
         entries = [self.scalar(loss.count), total.detach(), self.scalar(told)]
+        entries.append(self.scalar(self.wants_stop))
         return total + torch.dot(self.account, torch.stack(entries))
 
     def scalar(self, value: Any) -> Tensor:
@@ -132,9 +135,9 @@ class Window:
             _add(self.sums, name, entry.where(~bad, 0.0))
         self.of_this_step = {}
 
-    def logs(self) -> Logs:
-        """(sum, count) by name of what this rank logged."""
-        for name in list(self.of_this_step):
+    def logs(self, finished: bool = False) -> Logs:
+        """(sum, count) by name of what this rank logged; maybe only in steps that are finished."""
+        for name in [] if finished else list(self.of_this_step):
             _add(self.sums, name, self.of_this_step.pop(name))
         return {name: (pair[0].item(), pair[1].item()) for name, pair in self.sums.items()}
 

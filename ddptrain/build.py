@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +15,21 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch.nn import SyncBatchNorm
 
+from ddptrain import pulse
 from ddptrain.account import Accounted, Window
 from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.media import Disk, Medium, Remote
+from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.store import Store
-from ddptrain.compose import to_plain
+from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Direction, Precision, TrainConfig
 from ddptrain.config import Reduction as ReductionChoice
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
+from ddptrain.files import Claim
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
@@ -38,15 +44,24 @@ from ddptrain.parallel.exact import MAX_ADDENDS, Exact
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.parallel.reduction import Mean, Reduction
 from ddptrain.resilience.divergence import Replicas
-from ddptrain.run_directory import RunDirectory
+from ddptrain.resilience.preemption import StopRequest
+from ddptrain.run_directory import RunDirectory, changes, computed
 from ddptrain.step import Step
 from ddptrain.tasks.task import Task
+from ddptrain.trust import check_objects
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 logger = logging.getLogger(__name__)
 
 
-def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phases) -> Trainer:
+def build_trainer(
+    config: Config,
+    ranks: Ranks,
+    run: RunDirectory,
+    phases: Phases,
+    claim: Claim | None = None,
+    stop_request: StopRequest | None = None,
+) -> Trainer:
     """Build every part of a training run. Raises ``Refused`` if one cannot be built."""
     train = config.train
     source = build_source(config, "train", whole=False)
@@ -93,9 +108,10 @@ def build_trainer(config: Config, ranks: Ranks, run: RunDirectory, phases: Phase
             )
             for split, other in others.items()
         },
-        build_checkpoints(config, run),
+        build_checkpoints(config, run, claim),
         Observer(config, run, phases, speaks=ranks.is_first, world_size=ranks.world_size),
         Replicas(task, ranks),
+        stop_request or StopRequest(ranks.place),
         total_steps,
     )
 
@@ -125,8 +141,17 @@ def build_task(config: Config, device: torch.device) -> Task:
         raise Refused(f"task: {type(task).__name__} is no ddptrain.Task; derive it from that class")
     task.to(device)
     if config.train.compile:
+        _tell_of_compiling()
         task.compile()
     return task
+
+
+def _tell_of_compiling() -> None:
+    """Have the pulse say when torch compiles, which may take minutes."""
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(lambda _: pulse.enter(pulse.COMPILING))
+    callback_handler.register_end_callback(lambda _: pulse.enter(pulse.FORWARD))
 
 
 def build_source(config: Config, split: str, whole: bool = True) -> Source:
@@ -179,12 +204,26 @@ def build_strategy(
     return DataParallel(ranks, config.parallel.bucket_mb, reduction)
 
 
-def build_checkpoints(config: Config, run: RunDirectory) -> Checkpoints:
+def build_checkpoints(config: Config, run: RunDirectory, claim: Claim | None = None) -> Checkpoints:
     """Build the store of a run's checkpoints and the rule by which they are kept."""
     keep = config.checkpoint
     retention = Retention(keep.keep_last, keep.keep_best, keep.mode is Direction.max)
     facts = {"config": to_plain(config), "versions": versions()}
-    return Checkpoints(Store(run.checkpoints), retention, keep.metric, facts)
+    medium: Medium = Disk(run.checkpoints)
+    if keep.dir is not None:
+        medium = Remote(keep.dir) if "://" in keep.dir else Disk(Path(keep.dir))
+    store = Store(medium, None if claim is None else claim.check)
+    mine = computed(config)
+
+    def differences(manifest: dict[str, Any]) -> list[str]:
+        """What else another run computes; keys that only one of the versions has do not count."""
+        stored = json.loads(json.dumps(flatten(manifest.get("config", {}))))
+        own = json.loads(json.dumps(mine))
+        both = own.keys() & stored.keys()
+        return changes({k: stored[k] for k in both}, {k: own[k] for k in both})
+
+    memory = Memory(run.memories())
+    return Checkpoints(store, memory, retention, keep.metric, facts, differences)
 
 
 def build_autocast(precision: Precision, device: torch.device) -> Autocast:
@@ -197,6 +236,7 @@ def build_autocast(precision: Precision, device: torch.device) -> Autocast:
 
 def _build(key: str, build: Callable[..., Any], node: Any, *arguments: Any, **more: Any) -> Any:
     """Build what a config node describes, or say in one line which key failed and why."""
+    check_objects(key, node)
     try:
         return build(node, *arguments, **more)
     except (InstantiationException, ImportError, AttributeError) as error:

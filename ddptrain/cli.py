@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import yaml
 
-from ddptrain.compose import compose, flatten, make_importable, options, to_plain, validate
+from ddptrain.compose import compose, flatten, make_importable, options, to_plain
 from ddptrain.config import Config, Resume, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.origin import origin
 from ddptrain.parent import end_with_parent
 from ddptrain.place import Place
+from ddptrain.remembered import compose_once
 from ddptrain.resilience.failure import is_first_to_say, tell_agent
+from ddptrain.resilience.preemption import StopRequest
 from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory
 
 
@@ -116,6 +119,15 @@ def _end_with_agent() -> None:
         end_with_parent()
 
 
+def _listen(place: Place) -> StopRequest:
+    """Heed signals from the first moment on; the agent's end is one, too."""
+    stop_request = StopRequest(place)
+    stop_request.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
+    return stop_request
+
+
 def _refuse_under_torchrun(command: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise Refused(
@@ -144,37 +156,42 @@ def _start(config: Config, overrides: list[str], rerun_of: str | None = None) ->
     ranks = count_ranks(config)
     check_world_size(config, ranks)
     run = open_directory(config, overrides, rerun_of)
-    if ranks == 1 and config.launch.max_restarts == 0:
+    if ranks == 1 and not config.launch.max_restarts:
         from ddptrain.launch.worker import run_rank
 
-        return run_rank(config, Place(), phases, overrides=overrides)
+        stop_request = _listen(Place())
+        return run_rank(config, Place(), phases, overrides=overrides, stop_request=stop_request)
     run.launched.write_text(yaml.safe_dump(to_plain(config)))
     return launch_ranks(run, config, ranks)
 
 
 def _rank(parsed: argparse.Namespace) -> int:
     """Be one rank, under torchrun or alone."""
-    _end_with_agent()
     phases = Phases()
-    config = compose(parsed.overrides)
     place = Place.from_environment()
+    stop_request = _listen(place)
+    config = compose_once(parsed.overrides, place)
     check_world_size(config, place.world_size)
     if place.rank == 0 and place.restarts == 0:
         check_directory(config)
     from ddptrain.launch.worker import run_rank
 
-    return run_rank(config, place, phases, overrides=parsed.overrides)
+    overrides = parsed.overrides
+    return run_rank(config, place, phases, overrides=overrides, stop_request=stop_request)
 
 
 def _worker(parsed: argparse.Namespace) -> int:
     """Be one rank that ``ddptrain train`` has started."""
-    _end_with_agent()
     phases = Phases()
-    config = validate(yaml.safe_load(RunDirectory(parsed.run).launched.read_text()))
+    place = Place.from_environment()
+    stop_request = _listen(place)
+    config = RunDirectory(parsed.run).load_launched()
     config.run.resume = Resume.auto
     from ddptrain.launch.worker import run_rank
 
-    return run_rank(config, Place.from_environment(), phases, overrides=[], errors_on_screen=False)
+    return run_rank(
+        config, place, phases, overrides=[], stop_request=stop_request, errors_on_screen=False
+    )
 
 
 def _verify(parsed: argparse.Namespace) -> int:

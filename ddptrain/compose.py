@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ddptrain.config import BUILT, Config, check
 from ddptrain.errors import Refused
 from ddptrain.targets import check_arguments, suggest
+from ddptrain.trust import check_targets
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -152,6 +153,7 @@ def make_importable() -> None:
 
 def validate(plain: dict[str, Any]) -> Config:
     """Turn a nested dict into a typed config. Raises ``Refused`` on the first key that is wrong."""
+    check_targets(plain)
     _check_keys(plain, Config, "")
     for path in BUILT:
         node: Any = plain
@@ -161,8 +163,7 @@ def validate(plain: dict[str, Any]) -> Config:
             _check_built(path, node, plain)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
+        if missing := sorted(OmegaConf.missing_keys(typed)):
             raise Refused(f"{missing[0]}: not set; say {missing[0]}=<value>")
         config = cast("Config", OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:

@@ -11,7 +11,8 @@ from omegaconf import MISSING
 from ddptrain.errors import Refused
 
 EXECUTION_ONLY = (
-    "run.", "launch.", "log.", "checkpoint.", "data.workers", "parallel.check_every_steps"
+    "run.", "launch.", "log.", "checkpoint.", "resilience.", "data.workers",
+    "parallel.check_every_steps",
 )  # fmt: skip
 """Keys that begin so say where and how a run executes, not what it computes: they may change
 between a run's first start and its continuation."""
@@ -94,11 +95,19 @@ class LogConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
+    dir: str | None = MISSING
     every_steps: int | None = MISSING
+    memory_every_steps: int | None = MISSING
     keep_last: int = MISSING
     keep_best: int = MISSING
     metric: str = MISSING
     mode: Direction = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class ResilienceConfig:
+    hang_seconds: float | None = MISSING
+    grace_seconds: float = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,7 +130,7 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     nproc_per_node: str = MISSING
-    max_restarts: int = MISSING
+    max_restarts: int | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,6 +148,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
@@ -176,6 +186,9 @@ def _check_sizes(config: Config) -> None:
         "log.every_steps": config.log.every_steps,
         "log.fingerprint_every": config.log.fingerprint_every,
         "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.memory_every_steps": config.checkpoint.memory_every_steps,
+        "resilience.hang_seconds": config.resilience.hang_seconds,
+        "resilience.grace_seconds": config.resilience.grace_seconds,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "parallel.bucket_mb": config.parallel.bucket_mb,
         "parallel.check_every_steps": config.parallel.check_every_steps,
@@ -183,13 +196,13 @@ def _check_sizes(config: Config) -> None:
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise Refused(f"{key}: expected a number above 0, got {value}")
-    counts = {
+    counts: dict[str, int | None] = {
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "data.workers": config.data.workers,
         "launch.max_restarts": config.launch.max_restarts,
     }
     for key, count in counts.items():
-        if count < 0:
+        if count is not None and count < 0:
             raise Refused(f"{key}: expected 0 or more, got {count}")
     if train.max_steps is None and train.max_epochs is None:
         raise Refused("train.max_steps: set it, or train.max_epochs, to say when a run ends")

@@ -14,6 +14,16 @@ class TrainingError(Exception):
     exit_code = EXIT_FAILED
 
 
+class Stopped(TrainingError):
+    """The run was asked to stop, and did, with a checkpoint; started again it goes on."""
+
+    exit_code = EXIT_STOPPED
+
+
+class Superseded(TrainingError):
+    """Another job has taken over the run's directory while this one was cut off."""
+
+
 class Refused(TrainingError):
     """The config or the environment cannot work; nothing was started."""
 

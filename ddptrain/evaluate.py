@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ddptrain import pulse
 from ddptrain.data.fetch import Fetcher
 from ddptrain.data.plan import MicroBatch
 from ddptrain.errors import TrainingError
@@ -76,11 +77,13 @@ class Evaluation:
         source = self.fetcher.source
         with _in_eval_mode(self.task), torch.inference_mode(), self.autocast():
             for micro_batch, batch in zip(self._micro_batches(), self.batches, strict=True):
+                pulse.enter(f"evaluation of {source.name}")
                 key = derive(source.plan.seed, f"evaluation/{source.name}", micro_batch.index)
                 key_generators(key, self.ranks.device)
                 self.task.update(metrics, batch)
                 for of_metric in addends.values():
                     of_metric.take()
+        pulse.enter(pulse.TOGETHER)
         return self._compute(metrics, {name: _state(addends[name]) for name in metrics})
 
     def _compute(self, metrics: dict[str, Metric], own: dict[str, State]) -> dict[str, float]:

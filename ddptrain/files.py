@@ -9,44 +9,79 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from uuid import uuid4
 
-from ddptrain.errors import Refused
+from ddptrain.errors import Refused, Superseded
 
-LOCK_SECONDS = 5.0
+LOCK_SECONDS = 1.0
 """How long a process that was just killed may take to be gone."""
-
-_held: list[object] = []
+OWNER = ".owner"
 
 logger = logging.getLogger(__name__)
 
 
-def lock(folder: Path) -> None:
-    """Claim a run's directory for this process, as long as it lives. Raises ``Refused``.
+class Claim:
+    """The right of one start of a run to write to its directory.
 
-    A POSIX record lock: loading workers that outlive a killed process do not inherit it, and
-    network file systems know it. Where there are no locks there is no claim.
+    A POSIX record lock, which dies with its process; loading workers that outlive that do not
+    inherit it, and network file systems know it. And a token, new with each start: who was cut off
+    from the file system, lost the lock to another start and comes back, finds another token.
+    Where there are no locks the token alone has to do.
     """
-    file = (folder / ".lock").open("a+")
-    until = time.monotonic() + LOCK_SECONDS
-    while True:
+
+    def __init__(self, folder: Path, token: str | None = None) -> None:
+        """With the ``token`` of a start that has the claim, this process is a part of it."""
+        self.folder = folder
+        self.token = token or uuid4().hex
+        self.file: TextIO | None = None
+
+    def take(self, seconds: float = LOCK_SECONDS) -> None:
+        """Claim the directory as a new start of the run. Raises ``Refused`` after ``seconds``."""
+        until = time.monotonic() + seconds
+        while not self.lock():
+            if time.monotonic() > until:
+                raise Refused(
+                    f"{self.folder} is in use by {self._holder() or 'another process'}; "
+                    "end that one, or name another run.dir"
+                )
+            time.sleep(0.05)
+        replace_text(self.folder / OWNER, self.token)
+
+    def lock(self) -> bool:
+        """Whether this process has the lock, or could have it now, or there are no locks here."""
+        if self.file is not None:
+            return True
+        file = (self.folder / ".lock").open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
         except (BlockingIOError, PermissionError):
-            if time.monotonic() > until:
-                file.seek(0)
-                raise Refused(
-                    f"{folder} is in use by {file.read().strip() or 'another process'}; "
-                    "end that one, or name another run.dir"
-                ) from None
-            time.sleep(0.1)
+            return False
         except OSError:
+            return True
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self.file = file  # closing it would give up the claim
+        return True
+
+    def check(self) -> None:
+        """Raise ``Superseded`` if another start of the run has the claim now."""
+        try:
+            owner = (self.folder / OWNER).read_text()
+        except FileNotFoundError:
             return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held.append(file)  # closing it would give up the claim
+        if owner != self.token:
+            raise Superseded(
+                f"{self.folder}: another start of this run has taken over while this one was cut "
+                f"off ({self._holder() or 'its process is not known'}); this one writes no more"
+            )
+
+    def _holder(self) -> str:
+        try:
+            return (self.folder / ".lock").read_text().strip()
+        except OSError:
+            return ""
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -52,20 +52,22 @@ class Fingerprints:
         for place, value in enumerate(hash_all(tensors) if tensors else ()):
             self.content += value * (2 * (micro_batch.index * len(tensors) + place) + 1)
 
-    def gradients(self, gradients: Sequence[Tensor], count: Tensor) -> None:
-        """Hash the gradients of the sum of losses, before they are divided by ``count``."""
-        if self.active and self.ranks.is_first:
+    def gather(self, gradients: Sequence[Tensor], count: Tensor) -> None:
+        """Hash the gradients of the sum of losses, before they are divided by ``count``.
+
+        And add up the hashes of the ranks' batches, before the update: once that has begun, any
+        rank alone can tell of the step.
+        """
+        if self.active:
+            if self.ranks.world_size > 1:
+                dist.all_reduce(self.content)
             self.parts["gradients"] = hash_all(gradients)
             norms = torch._foreach_norm(list(gradients))
             self.parts["norms"] = torch.stack(norms) / count
 
     def take(self, step: int) -> Record | None:
-        """Return on rank 0 the record of a step that is taken; every rank must call it."""
+        """Return the record of a step that has just been taken, if it is one to record."""
         if not self.active:
-            return None
-        if self.ranks.world_size > 1:
-            dist.all_reduce(self.content)
-        if not self.ranks.is_first:
             return None
         indices = blake2b(digest_size=8)
         for micro_batch in self.plan.micro_batches(step):

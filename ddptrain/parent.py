@@ -10,8 +10,8 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Have the kernel kill this process as soon as its parent is gone, however that ended.
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send ``number`` to this process when its parent is gone, however that ended.
 
     For a rank under an agent, and a loading worker under its rank: torchrun's agent, if killed,
     leaves its ranks training. On Linux alone; see prctl(2).
@@ -19,6 +19,6 @@ def end_with_parent() -> None:
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the kernel knew
         os.kill(os.getpid(), signal.SIGKILL)

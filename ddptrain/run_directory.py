@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+from uuid import uuid4
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from ddptrain.compose import config_trees, flatten, to_plain, validate
 from ddptrain.config import EXECUTION_ONLY, Config, Resume
@@ -16,7 +22,11 @@ from ddptrain.errors import Refused
 from ddptrain.files import read_json, replace_text
 from ddptrain.origin import DIFF, origin, uncommitted
 
-SETTINGS = ("train", "parallel", "checkpoint", "log", "data", "eval", "launch", "run")
+NODE_MEMORY = Path("/dev/shm")
+"""Files in memory, which outlive the process that wrote them."""
+SETTINGS = (
+    "train", "parallel", "checkpoint", "log", "resilience", "data", "eval", "launch", "run"
+)  # fmt: skip
 """Sections whose keys are the framework's own; the others are built by what they name."""
 
 
@@ -52,6 +62,10 @@ class RunDirectory:
         return self.path / "fingerprints.jsonl"
 
     @property
+    def crashes(self) -> Path:
+        return self.path / "crashes.jsonl"
+
+    @property
     def result(self) -> Path:
         return self.path / "result.json"
 
@@ -63,6 +77,22 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def memories(self) -> list[Path]:
+        """Where a node keeps snapshots: in its memory, or beside the checkpoints if that is full.
+
+        Named by the run's path and an identity of its own, so that a run that is deleted leaves
+        nothing to a new one in its place.
+        """
+        identity = self.identity.read_text() if self.identity.exists() else ""
+        name = sha256(f"{self.path.absolute()}\n{identity}".encode()).hexdigest()[:16]
+        shared = NODE_MEMORY if NODE_MEMORY.is_dir() else Path(gettempdir())
+        beside = self.path / f".memory-{socket.gethostname()}"
+        return [shared / f"ddptrain-{os.getuid()}" / name, beside]
+
+    @property
+    def identity(self) -> Path:
+        return self.path / ".identity"
+
     @property
     def logs(self) -> Path:
         return self.path / "logs"
@@ -72,13 +102,24 @@ class RunDirectory:
         return self.path / "model.safetensors"
 
     def load(self) -> Config:
-        """Return the stored config. Raises ``Refused``.
+        """Return the stored config. Raises ``Refused``, also if it names what may run code.
 
         What was no key yet when it was stored is as the built-in tree has it.
         """
-        plain = _read_yaml(self.config)
+        return self._read(self.config)
+
+    def load_launched(self) -> Config:
+        """Return the config of the newest start. Raises ``Refused`` as ``load`` does."""
+        return self._read(self.launched)
+
+    def _read(self, file: Path) -> Config:
+        plain = _read_yaml(file)
         plain.pop("provenance", None)
-        return validate(_filled(_defaults(), plain))
+        filled = _filled(_defaults(), plain)
+        try:
+            return validate(filled)
+        except Refused as error:
+            raise Refused(f"{file}: {error}") from None
 
     def provenance(self) -> dict[str, Any]:
         """Return what was stored about the run's code: versions, commit, overrides, original."""
@@ -89,7 +130,11 @@ class RunDirectory:
         return read_json(self.result)
 
     def has_checkpoint(self) -> bool:
-        return any(self.checkpoints.glob("step-*/manifest.json"))
+        """Whether there is a checkpoint in the directory, or a snapshot on this node."""
+        return any(
+            any(folder.glob("step-*/manifest.json"))
+            for folder in (self.checkpoints, *self.memories())
+        )
 
 
 def check_directory(config: Config) -> None:
@@ -122,6 +167,8 @@ def open_directory(
         run = RunDirectory(Path(config.run.dir).absolute())
         run.path.mkdir(parents=True, exist_ok=True)
     config.run.dir = str(run.path)
+    if not run.identity.exists():
+        replace_text(run.identity, uuid4().hex)
     if not run.config.exists():
         provenance = {**origin(), "overrides": overrides, "rerun_of": rerun_of}
         run.code_diff.write_text(uncommitted())
@@ -160,6 +207,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         plain = yaml.safe_load(file.read_text())
     except OSError as error:
         raise Refused(f"{file.parent}: not a run: {error.strerror}: {file}") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file}: not YAML, and no text: {error}; nothing of it was read") from None
+    except ConstructorError as error:
+        where = error.problem_mark
+        raise Refused(
+            f"{file}: line {where.line + 1 if where else '?'}: {error.problem}; a config holds "
+            "plain values, and no tag was followed, because one can run code; take it out"
+        ) from None
     except yaml.YAMLError as error:
         raise Refused(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):

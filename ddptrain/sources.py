@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import cast
 
 RUN_TIME_NAMES = {"globals", "locals", "vars", "exec", "eval", "setattr"}
 Definition = ast.ClassDef | ast.FunctionDef
+Import = ast.Import | ast.ImportFrom
+MAX_IMPORTS = 16
+"""Imports of imports that are followed; packages have about four."""
 
 
 @dataclass
@@ -20,6 +24,7 @@ class Scope:
     bound: dict[str, int] = field(default_factory=dict)
     plain: dict[str, ast.stmt] = field(default_factory=dict)
     stars: list[ast.ImportFrom] = field(default_factory=list)
+    imports: dict[str, list[Import]] = field(default_factory=dict)
     binds_more: bool = False
 
 
@@ -32,9 +37,12 @@ def locate(target: str) -> tuple[str | None, Path | None, list[str]]:
         spec = None
     if spec is None:
         return None, None, parts
-    if spec.origin is None or not spec.origin.endswith(".py"):
+    if spec.origin is None:
+        file, taken = _below_folders(list(spec.submodule_search_locations or ()), parts)
+    else:
+        file, taken = Path(spec.origin), 1
+    if file.suffix != ".py":
         return parts[0], None, parts[1:]
-    file, taken = Path(spec.origin), 1
     while file.name == "__init__.py" and taken < len(parts):
         name, scope = parts[taken], read_scope(file)
         if scope is None or (taken == len(parts) - 1 and _hides(scope, name, parts[:taken])):
@@ -50,6 +58,17 @@ def locate(target: str) -> tuple[str | None, Path | None, list[str]]:
             break
         taken += 1
     return ".".join(parts[:taken]), file, parts[taken:]
+
+
+def _below_folders(folders: list[str], parts: list[str]) -> tuple[Path, int]:
+    """The first source on the way of a dotted name through folders without ``__init__.py``."""
+    places = [Path(folder) for folder in folders]
+    for taken, name in enumerate(parts[1:], 2):
+        places = [place / name for place in places]
+        files = [f for p in places for f in (p / "__init__.py", p.with_suffix(".py"))]
+        if found := next((file for file in files if file.is_file()), None):
+            return found, taken
+    return Path(), 1
 
 
 def _hides(scope: Scope, name: str, package: list[str]) -> bool:
@@ -82,8 +101,20 @@ def read_scope(file: Path) -> Scope | None:
         for name in names:
             scope.bound[name] = scope.bound.get(name, 0) + 1
             scope.plain[name] = statement
+        for node in _imports(statement):
+            for name in names_bound_by(node):
+                scope.imports.setdefault(name, []).append(node)
     scope.binds_more |= "__getattr__" in scope.bound
     return scope
+
+
+def _imports(statement: ast.AST) -> Iterator[Import]:
+    """The imports of a statement that bind in its own scope, in branches as well."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        yield statement
+    elif not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        for child in ast.iter_child_nodes(statement):
+            yield from _imports(child)
 
 
 def _is_star(node: ast.AST) -> bool:
@@ -149,3 +180,46 @@ def _source(node: ast.ImportFrom, file: Path) -> Path | None:
     base = folder.joinpath(*(node.module or "").split("."))
     choices = (base.with_suffix(".py"), base / "__init__.py")
     return next((choice for choice in choices if choice.is_file()), None)
+
+
+def origins(target: str, depth: int = 0) -> set[str]:
+    """A dotted name, and those that it may stand for once imports are followed, one by one.
+
+    What source does not tell (a name that is bound at run time, a compiled module) ends the way.
+    Raises ``RecursionError`` where imports lead on and on.
+    """
+    module, file, rest = locate(target)
+    scope = read_scope(file) if file else None
+    if module is None or file is None or scope is None or not rest:
+        return {target}
+    if depth > MAX_IMPORTS:
+        raise RecursionError(target)
+    name, *more = rest
+    found = [_imported(node, name, module, file) for node in scope.imports.get(name, [])]
+    if name not in scope.bound:
+        sources = [(_package(star, module, file), _source(star, file)) for star in scope.stars]
+        found += [f"{package}.{name}" for package, source in sources if _binds(source, name)]
+    stands_for = {".".join([other, *more]) for other in found} - {target}
+    return {target}.union(*(origins(other, depth + 1) for other in stands_for))
+
+
+def _imported(node: Import, name: str, module: str, file: Path) -> str:
+    """What ``name`` is short for after an import in ``module``."""
+    alias = next(a for a in node.names if (a.asname or a.name.partition(".")[0]) == name)
+    if isinstance(node, ast.Import):
+        return alias.name if alias.asname else name
+    return f"{_package(node, module, file)}.{alias.name}"
+
+
+def _package(node: ast.ImportFrom, module: str, file: Path) -> str:
+    """The absolute name of the module that a ``from … import`` in ``module`` names."""
+    if node.level == 0:
+        return node.module or ""
+    up = node.level - (file.name == "__init__.py")
+    parts = module.split(".")
+    return ".".join([*parts[: len(parts) - up], *([node.module] if node.module else [])])
+
+
+def _binds(file: Path | None, name: str) -> bool:
+    scope = read_scope(file) if file else None
+    return scope is not None and name in scope.bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ from torch.optim import Optimizer
 from ddptrain.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after ``step`` steps: tensors by file and name, as they are now, and what is no tensor.
+
+    The tensors are the living ones: who keeps them must copy them before the next step.
+    """
+
+    step: int
+    files: dict[str, Tensors]
+    numbers: dict[str, Any]
 
 
 def model_tensors(task: nn.Module) -> Tensors:

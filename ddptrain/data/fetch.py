@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate, default_convert
 
+from ddptrain import pulse
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import DataError
 from ddptrain.generators import key_generators
@@ -143,7 +147,7 @@ class Fetcher:
             num_workers=self.workers,
             pin_memory=on_gpu,
             persistent_workers=True,
-            worker_init_fn=_end_with_rank,
+            worker_init_fn=_serve_the_rank,
         )
         watched = _Watched(loader, self.source.label)
         return _Moved(watched, self.device) if on_gpu else watched
@@ -160,6 +164,7 @@ class Fetcher:
         starts = sorted({count * i // 16 for i in range(16)})
         micro_batches = [MicroBatch(0, start, 0, start, start + 1) for start in starts]
         for batch in Fetcher(whole, self.device, self.workers).fetch(micro_batches):
+            pulse.enter(pulse.LOADING)
             for tensor in tensors_in(batch):
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
                 flat = tensor.cpu().contiguous().view(-1)
@@ -178,8 +183,23 @@ class Fetcher:
         )
 
 
-def _end_with_rank(_: int) -> None:
+def _serve_the_rank(_: int) -> None:
+    """Live as long as the rank that this worker loads for, and no longer.
+
+    A signal to the whole process group (Ctrl-C, scancel) asks the rank to stop after its step, for
+    which it needs this worker. SIGTERM counts if it comes from the rank.
+    """
     end_with_parent()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=[os.getppid()], daemon=True).start()
+
+
+def _end_when_told(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os._exit(0)
 
 
 @dataclass

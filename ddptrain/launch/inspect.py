@@ -69,15 +69,15 @@ def load(run: RunDirectory, config: Config, which: str, ranks: Ranks) -> tuple[T
     # One choice for all ranks: the run may be saving at this moment.
     step = ranks.from_first(_find(checkpoints, which, run) if ranks.is_first else None)
     task = build_task(config, ranks.device)
-    checkpoints.restore(step, checkpoints.store.verify(step), task, None)
+    checkpoints.read(step).put_back(task, None)
     return task, step
 
 
 def _find(checkpoints: Checkpoints, which: str, run: RunDirectory) -> int:
     if which == "latest":
         if (newest := checkpoints.newest()) is None:
-            raise CheckpointError(f"{run.checkpoints}: no checkpoint yet")
-        return newest[0]
+            raise CheckpointError(f"{checkpoints.store.medium.where('')}: no checkpoint yet")
+        return newest.step
     steps = checkpoints.store.steps()
     step = checkpoints.best_step() if which == "best" else int(which) if which.isdecimal() else None
     if step not in steps:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ddptrain.checkpoint.progress import Progress
 from ddptrain.config import Config
-from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from ddptrain.errors import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    TrainingError,
+)
+from ddptrain.resilience.crashes import Crashes
+from ddptrain.resilience.preemption import SIGNALS
 from ddptrain.run_directory import RunDirectory
+
+RESTARTS = 3
+"""``launch.max_restarts`` of several ranks, if the config does not say."""
 
 
 def count_ranks(config: Config) -> int:
@@ -30,18 +43,57 @@ def count_ranks(config: Config) -> int:
 def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     """Run ``ranks`` workers on the stored config to their end; return the exit code.
 
-    The error of the rank that failed first is the last thing printed.
+    After a failure they are started again, ``launch.max_restarts`` times without a finished step
+    in between. The error of the rank that failed first is the last thing printed.
     """
-    error = start_ranks(["worker", str(run.path)], ranks, config.launch.max_restarts)
-    if error is None:
-        return EXIT_COMPLETED
-    rank, _ = error.get_first_failure()
-    log = next(Path(run.logs).glob(f"rank-{rank}.*"), run.logs)
-    return print_failure(error, f"its log: {log}")
+    os.environ["DDPTRAIN_LAUNCH"] = uuid.uuid4().hex
+    progress = Progress(run.memories()[0])
+    wanted = config.launch.max_restarts
+    allowed = left = RESTARTS if wanted is None else wanted
+    first = before = progress.read()
+    while True:
+        try:
+            error = start_ranks(["worker", str(run.path)], ranks)
+        except SignalException as asked:  # the ranks were told, and had time to heed it
+            return _stopped(run, signal.Signals(asked.sigval))
+        if error is None:
+            return EXIT_COMPLETED
+        rank, failure = error.get_first_failure()
+        log = next(Path(run.logs).glob(f"rank-{rank}.*"), run.logs)
+        code = print_failure(error, f"its log: {log}")
+        now = progress.read()
+        left = allowed if now > before else left - 1
+        was_raised = now <= first and failure.exitcode > 0
+        if code != EXIT_FAILED or left < 0 or _is_hopeless(run, was_raised):
+            return code
+        before = now
+        print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
+
+
+def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
+    """Whether to start again would give the same.
+
+    A step fails again and again; or ``was_raised``: an error came before the first step was out.
+    """
+    crashes = Crashes(run.crashes)
+    try:
+        crashes.refuse_loop()
+    except TrainingError as error:
+        print(f"ddptrain: {error}", file=sys.stderr)
+        return True
+    known = crashes.of_launch()
+    return was_raised and (not known or known[-1].is_cause)
+
+
+def _stopped(run: RunDirectory, asked: signal.Signals) -> int:
+    stopped = run.outcome().get("status") == "stopped"
+    how = "stopped, with a checkpoint; start it again to go on" if stopped else "ended unfinished"
+    print(f"{asked.name}: {run.path}: {how}", file=sys.stderr)
+    return EXIT_STOPPED if stopped else EXIT_FAILED
 
 
 def start_ranks(
-    arguments: list[str], ranks: int, max_restarts: int = 0, output: Path | None = None
+    arguments: list[str], ranks: int, output: Path | None = None
 ) -> ChildFailedError | None:
     """Run the command ``arguments`` as ``ranks`` ranks; return how they failed, if they did.
 
@@ -56,7 +108,9 @@ def start_ranks(
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
+        max_restarts=0,
+        # The agent hands these on to its ranks; of others it would die.
+        signals_to_handle=",".join(number.name for number in SIGNALS),
         monitor_interval=0.1,
         logs_specs=None if output is None else DefaultLogsSpecs(str(output), redirects=Std.ALL),
     )

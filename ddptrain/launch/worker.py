@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,17 @@ from typing import Any
 from ddptrain.build import build_trainer
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Reduction, Resume
-from ddptrain.errors import EXIT_COMPLETED, DivergenceError, NonFiniteError
-from ddptrain.files import lock
+from ddptrain.errors import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    CheckpointError,
+    DivergenceError,
+    NonFiniteError,
+    Refused,
+    Stopped,
+    Superseded,
+)
+from ddptrain.files import Claim
 from ddptrain.loop import Trainer
 from ddptrain.observe.console import say
 from ddptrain.observe.logs import open_log
@@ -23,13 +34,30 @@ from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
-from ddptrain.resilience.failure import exit_with, leave_now
+from ddptrain.resilience import flight
+from ddptrain.resilience.crashes import Crashes
+from ddptrain.resilience.failure import (
+    exit_with,
+    is_of_peer,
+    leave_now,
+    note,
+    summary,
+    tell_agent,
+)
+from ddptrain.resilience.preemption import StopRequest
+from ddptrain.resilience.watchdog import Watchdog
 from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.state import fingerprint
 from ddptrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=30)
+NOTHING_TO_RESCUE = (
+    NonFiniteError, DivergenceError, Stopped, Refused, CheckpointError, Superseded
+)  # fmt: skip
+"""Errors that come with a checkpoint, or without a state that could be trusted."""
+RESCUE_SECONDS = 25.0
+"""torchrun's agent gives survivors 30 s, whatever it is told."""
 RUN_KEY = "ddptrain/run.dir"
 
 
@@ -39,51 +67,159 @@ def run_rank(
     phases: Phases,
     *,
     overrides: list[str],
+    stop_request: StopRequest,
     errors_on_screen: bool = True,
 ) -> int:
     """Train as the rank at ``place``; return the process's exit code, its error reported."""
     phases.mark("imports")
-    began = time.monotonic()
-    trainer: Trainer | None = None
+    stop_request.grace_seconds = config.resilience.grace_seconds
+    attempt = Attempt(config, place, stop_request)
     try:
-        ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
-        remedy = "start all ranks with the same arguments"
-        ranks.agree(_common(config), "was started with another config than", remedy)
-        run = _agree_on_directory(config, ranks, overrides)
-        open_log(run.logs, place)
+        ranks = attempt.join(overrides)
         phases.mark("joining")
         if config.parallel.reduction is Reduction.exact:
             make_deterministic(ranks.device)
-        trainer = build_trainer(config, ranks, run, phases)
-        phases.mark("building")
-        _train(trainer, run, began)
+        attempt.train(phases)
         # DDP's hold on the process group must go before the group does: the group would end it
         # with Python's lock held, for which one of its threads may be waiting.
-        trainer = None
+        attempt.trainer = None
         gc.collect()
         ranks.leave()
     except BaseException as error:
-        context = ""
-        if trainer is not None:
-            trainer.observer.close()
-            context = _where(trainer, error)
-        if trainer is not None and place.rank == 0:
-            with contextlib.suppress(Exception):  # the error to show is the first one
-                write_result(run, _result(trainer, "failed", began))
-        code = exit_with(error, place, context, errors_on_screen)
+        code = attempt.fail(error, errors_on_screen)
         if place.world_size > 1:
             leave_now(code)
         return code
     return EXIT_COMPLETED
 
 
-def _train(trainer: Trainer, run: RunDirectory, began: float) -> None:
-    trainer.train()
-    if trainer.ranks.is_first:
-        result = _result(trainer, "completed", began)
-        write_result(run, result)
-        say(summarise(run, result, _example(trainer.task)))
-    trainer.ranks.barrier()
+@dataclass
+class Attempt:
+    """One start of a run on one rank, and what is done about its end."""
+
+    config: Config
+    place: Place
+    stop_request: StopRequest
+    began: float = field(default_factory=time.monotonic)
+    run: RunDirectory | None = None
+    claim: Claim | None = None
+    watchdog: Watchdog | None = None
+    trainer: Trainer | None = None
+
+    def join(self, overrides: list[str]) -> Ranks:
+        """Meet the other ranks, agree on the run and its directory, and watch over it."""
+        config, place = self.config, self.place
+        device = choose_device(config.train.device.name, place)
+        hang_seconds = config.resilience.hang_seconds
+        if device.type == "cuda" and hang_seconds is not None:
+            flight.arm()
+        ranks = Ranks(place, device, TIMEOUT)
+        remedy = "start all ranks with the same arguments"
+        ranks.agree(_common(config), "was started with another config than", remedy)
+        self.run, self.claim = _agree_on_directory(config, ranks, overrides)
+        open_log(self.run.logs, place)
+        Crashes(self.run.crashes).refuse_loop()
+        if hang_seconds is not None:
+            self.watchdog = Watchdog(place, ranks.board(), hang_seconds, self.leave)
+            self.watchdog.start()
+        self.ranks = ranks
+        return ranks
+
+    def train(self, phases: Phases) -> None:
+        """Build the trainer, and train to the end."""
+        assert self.run is not None
+        trainer = build_trainer(
+            self.config, self.ranks, self.run, phases, self.claim, self.stop_request
+        )
+        self.trainer = trainer
+        self.stop_request.rescue = self.rescue
+        memory = trainer.checkpoints.memory
+        if self.place.local_rank == 0:
+            memory.sign(self.run.path, self.run.identity.read_text())
+        phases.mark("building")
+        trainer.train()
+        if self.place.local_rank == 0:
+            memory.forget()
+        if self.ranks.is_first:
+            result = self.result("completed")
+            write_result(self.run, result)
+            say(summarise(self.run, result, _example(trainer.task)))
+        self.ranks.barrier()
+        self.stop_request.rescue = None
+        if self.watchdog is not None:
+            self.watchdog.end()
+
+    def rescue(self, until: float, durable: bool) -> str | None:
+        """Save the last finished step; to the store if nobody else of this attempt can."""
+        if self.trainer is None or self.claim is None:
+            return None
+        place = self.trainer.rescue(until, durable and self.claim.lock())
+        if place is not None:
+            logger.info("the last finished step is saved in %s", place)
+        return place
+
+    def leave(self, why: str, speaks: bool) -> None:
+        """End this rank from the side, its main thread being stuck; the last step is saved."""
+        line = f"{self.place.name}: {why}"
+        logger.info("%s", why)
+        tell_agent(line)
+        if speaks:
+            os.write(2, f"{line}\n".encode())
+        with contextlib.suppress(Exception):
+            self.rescue(time.monotonic() + RESCUE_SECONDS, True)
+        with contextlib.suppress(Exception):
+            self.note(why, is_cause=False)
+        leave_now(EXIT_FAILED)
+
+    def fail(self, error: BaseException, on_screen: bool) -> int:
+        """Save what can be saved, and report; return the exit code."""
+        note(error)
+        context = ""
+        if self.watchdog is not None:
+            self.watchdog.end()
+        if self.trainer is not None:
+            if not isinstance(error, NOTHING_TO_RESCUE):
+                with contextlib.suppress(Exception):  # the error to show is the first one
+                    self.rescue(time.monotonic() + RESCUE_SECONDS, True)
+            self.trainer.observer.close()
+            context = _where(self.trainer, error)
+            if not isinstance(error, Stopped):
+                with contextlib.suppress(Exception):
+                    self.note(f"{context}{summary(error)}", not is_of_peer(error))
+            if self.place.rank == 0 and self.run is not None:
+                status = "stopped" if isinstance(error, Stopped) else "failed"
+                with contextlib.suppress(Exception):
+                    write_result(self.run, self.result(status))
+        return exit_with(error, self.place, context, on_screen, self.stop_request.heard)
+
+    def note(self, why: str, is_cause: bool) -> None:
+        """Put on record in which step this rank failed."""
+        if self.run is None or self.claim is None or self.trainer is None:
+            return
+        self.claim.check()
+        done = self.trainer.done
+        finished = done - self.trainer.started_at
+        rank = self.place.rank
+        Crashes(self.run.crashes).add(self.claim.token, rank, done, finished, is_cause, why)
+
+    def result(self, status: str) -> dict[str, Any]:
+        """What goes into ``result.json``."""
+        trainer = self.trainer
+        assert trainer is not None
+        plan = trainer.fetcher.source.plan
+        samples = plan.samples_before(trainer.done)
+        return {
+            "status": status,
+            "step": trainer.done,
+            "samples": samples,
+            "epochs": samples / plan.samples,
+            "metrics": trainer.metrics,
+            "weights_sha256": fingerprint(trainer.task),
+            "wall_seconds": time.monotonic() - self.began,
+            "step_ms_median": trainer.clock.median_ms,
+            "world_size": trainer.ranks.world_size,
+            **trainer.observer.history.totals(),
+        }
 
 
 def _example(task: Task) -> str | None:
@@ -96,46 +232,32 @@ def _example(task: Task) -> str | None:
         return None
 
 
-def _result(trainer: Trainer, status: str, began: float) -> dict[str, Any]:
-    plan = trainer.fetcher.source.plan
-    samples = plan.samples_before(trainer.done)
-    return {
-        "status": status,
-        "step": trainer.done,
-        "samples": samples,
-        "epochs": samples / plan.samples,
-        "metrics": trainer.metrics,
-        "weights_sha256": fingerprint(trainer.task),
-        "wall_seconds": time.monotonic() - began,
-        "step_ms_median": trainer.clock.median_ms,
-        "world_size": trainer.ranks.world_size,
-        **trainer.observer.history.totals(),
-    }
-
-
 def _common(config: Config) -> dict[str, Any]:
     """What must be alike on all ranks: more than is computed, for logging is a collective too."""
     own = ("run.", "launch.", "data.workers")
     return {k: v for k, v in flatten(to_plain(config)).items() if not k.startswith(own)}
 
 
-def _agree_on_directory(config: Config, ranks: Ranks, overrides: list[str]) -> RunDirectory:
+def _agree_on_directory(
+    config: Config, ranks: Ranks, overrides: list[str]
+) -> tuple[RunDirectory, Claim]:
     """Let rank 0 create or open the run's directory; after a restart it is the same one.
 
     The store of the agent outlives the ranks, so that a run without ``run.dir`` finds itself.
     """
-    path: str | None = None
+    claim: Claim | None = None
     if ranks.is_first:
         store = ranks.store
         if store is not None and store.check([RUN_KEY]):
             config.run.dir = store.get(RUN_KEY).decode()
             config.run.resume = Resume.auto
         run = open_directory(config, overrides)
-        lock(run.path)
-        path = str(run.path)
+        claim = Claim(run.path)
+        claim.take()
         if store is not None:
-            store.set(RUN_KEY, path)
-    return RunDirectory(Path(ranks.from_first(path)))
+            store.set(RUN_KEY, str(run.path))
+    path, token = ranks.from_first((str(claim.folder), claim.token) if claim else None)
+    return RunDirectory(Path(path)), claim or Claim(Path(path), token)
 
 
 def _where(trainer: Trainer, error: BaseException) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ddptrain.files import replace_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Scalars = dict[str, float]
 
@@ -23,30 +28,54 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """One object a line, each step once over all resumes; ``metrics.jsonl`` is one such file."""
+    """One object a line, each step once over all resumes; ``metrics.jsonl`` is one such file.
+
+    Lines that cannot be written now are kept, and written before the next one.
+    """
 
     def __init__(self, file: Path, resumed_at: int) -> None:
+        self.last_step: int | None = None
         if file.exists():
             kept = [line for line in read_json_lines(file) if line["step"] <= resumed_at]
             replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
-        self.stream = file.open("a", buffering=1)
-        self.is_empty = file.stat().st_size == 0
+            self.last_step = kept[-1]["step"] if kept else None
+        self.file = file
+        self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.size = os.fstat(self.descriptor).st_size
+        self.is_empty = self.size == 0
+        self.waiting = b""
 
     def write(self, line: dict[str, Any]) -> None:
-        self.stream.write(json.dumps(line) + "\n")
+        """Append a line. Raises ``OSError``, and has it wait, if the disk does not take it."""
+        self.waiting += json.dumps(line).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, all of it or nothing: half a line would spoil the one after it."""
+        try:
+            if os.write(self.descriptor, self.waiting) < len(self.waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
+        except OSError:
+            os.ftruncate(self.descriptor, self.size)
+            raise
+        self.size += len(self.waiting)
+        self.waiting = b""
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         self.write({"step": step, "split": split, **finite})
 
     def close(self) -> None:
-        self.stream.close()
+        if self.waiting:
+            self.flush()
+        os.close(self.descriptor)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a line cut short by a crash is left out."""
+    """The objects of a file of JSON lines; a line that a crash cut short is left out."""
     objects = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    text = file.read_text(errors="replace") if file.exists() else ""
+    for line in text.splitlines():
         try:
             objects.append(dict(json.loads(line)))
         except (ValueError, TypeError):
@@ -58,18 +87,26 @@ class TensorBoard:
     """Event files: curves against optimiser steps, the config as text, hparams at the end."""
 
     def __init__(self, folder: Path, resumed_at: int, config_text: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         # Also from step 0: a start that saved nothing may have left curves.
         begun_before = any(folder.glob("events.*"))
         purge = resumed_at + 1 if resumed_at else 0 if begun_before else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge)
+        self.folder = folder
+        self.writer = self._open(purge)
         if not resumed_at:
             self.writer.add_text("config", f"```yaml\n{config_text}\n```")
 
+    def _open(self, purge: int | None) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder), purge_step=purge)
+
     def log(self, step: int, split: str, scalars: Scalars) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(f"{split}/{name}", value, step)
+        try:
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+        except OSError:
+            self.writer = self._open(None)  # one that has failed once takes nothing any more
+            raise
 
     def finish(self, step: int, hparams: dict[str, Any], outcome: Scalars) -> None:
         """Write the run as a row of the HPARAMS tab: its config and ``outcome``."""

@@ -10,11 +10,18 @@ from pathlib import Path
 from ddptrain.place import Place
 
 
+class _Patient(logging.FileHandler):
+    """A log file that says nothing of its own on the screen when the disk does not take a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out: the checkpoints and the metrics tell of the same disk."""
+
+
 def open_log(folder: Path, place: Place) -> Path:
     """Send this rank's log to ``<folder>/rank-<rank>.<host>.log``; a restart appends to it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank-{place.rank}.{socket.gethostname()}.log"
-    to_file = logging.FileHandler(file)
+    to_file = _Patient(file)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("ddptrain")
     root.setLevel(logging.DEBUG)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,17 @@ class Observer:
         self.fingerprints: JsonLines | None = None
         self.resumed_at = 0
         self.told: set[str] = set()
+        self.said: set[str] = set()
         self.history = History(run.path / "attempts.jsonl")
 
-    def open(self, resumed_at: int, total_steps: int) -> None:
-        """Begin, or go on after ``resumed_at`` steps: what was told of later ones is taken back."""
+    def open(self, resumed_at: int, total_steps: int, known: int = 0) -> None:
+        """Begin, or go on after ``resumed_at`` steps: what was told of later ones is taken back.
+
+        ``known`` is how many steps the last start is known to have finished.
+        """
         if not self.speaks:
             return
-        before = self.history.begin(resumed_at, self.run, self.world_size)
+        before = self.history.begin(resumed_at, self.run, self.world_size, known)
         self.run.result.unlink(missing_ok=True)
         lines = read_json_lines(self.run.metrics)
         self.told = {line["split"] for line in lines if line["step"] == resumed_at}
@@ -94,25 +100,44 @@ class Observer:
         if step == self.resumed_at and split in self.told:
             return  # a repeated evaluation of the step that this run was resumed at
         for each in self.loggers:
-            each.log(step, split, scalars)
+            with self._surviving(each):
+                each.log(step, split, scalars)
 
-    def begin_fingerprints(self, header: dict[str, Any]) -> None:
-        """Open the file of fingerprints; ``header`` says what its lines are of."""
+    @contextmanager
+    def _surviving(self, each: object) -> Iterator[None]:
+        """A logger that cannot write stops no training; each cause is said once."""
+        try:
+            yield
+        except OSError as error:
+            cause = f"{type(each).__name__} {error.errno}"
+            if cause not in self.said:
+                self.said.add(cause)
+                logger.warning("%s cannot write: %s; training goes on", type(each).__name__, error)
+
+    def begin_fingerprints(self, header: dict[str, Any], record: dict[str, Any] | None) -> None:
+        """Open the file of fingerprints; ``header`` says what its lines are of.
+
+        ``record`` is that of the step that the run goes on from.
+        """
         if self.speaks:
             self.fingerprints = JsonLines(self.run.fingerprints, self.resumed_at)
             if self.fingerprints.is_empty:
                 self.fingerprints.write(header)
+            elif record is not None and self.fingerprints.last_step != record["step"]:
+                self.fingerprints.write(record)
 
     def fingerprint(self, record: dict[str, Any] | None) -> None:
         if self.fingerprints is not None and record is not None:
-            self.fingerprints.write(record)
+            with self._surviving(self.fingerprints):
+                self.fingerprints.write(record)
 
     def finish(self, step: int, metrics: Scalars, best: Scalars) -> None:
         """Write the run's row for TensorBoard's HPARAMS tab, and close everything."""
         if self.board is not None:
             outcome = {f"final/{name}": value for name, value in metrics.items()}
             outcome |= {f"best/{name}": value for name, value in best.items()}
-            self.board.finish(step, computed(self.config), outcome)
+            with self._surviving(self.board):
+                self.board.finish(step, computed(self.config), outcome)
         self.close()
 
     def close(self) -> None:
@@ -135,7 +160,7 @@ class History:
         self.file = file
         self.began = time.monotonic()
 
-    def begin(self, resumed_at: int, run: RunDirectory, world_size: int) -> int | None:
+    def begin(self, resumed_at: int, run: RunDirectory, world_size: int, known: int) -> int | None:
         """Note a start. Steps that the last one is known to have taken past it are lost.
 
         Returns the number of ranks of the last start, if there was one.
@@ -143,7 +168,7 @@ class History:
         before = [start.get("world_size") for start in read_json_lines(self.file)]
         last = max((line.get("step", 0) for line in read_json_lines(run.metrics)), default=0)
         # If the last start failed, it could still say where.
-        last = max(last, run.outcome().get("step", 0))
+        last = max(last, run.outcome().get("step", 0), known)
         start = {
             "time": time.time(),
             "step": resumed_at,

@@ -80,12 +80,14 @@ class Buffers:
         self.moving: dict[torch.dtype, list[Buffer]] = {}
         self.still = self.all
         self.seen: list[dict[str, Tensor]] = []  # the moves by micro-batch of the first step
+        self.is_underway = False
         self.sum: Tensor | None = None
         self.total: Future[Tensor] | None = None
         self.moves: Tensor | None = None
 
     def begin(self) -> None:
         """Note the buffers as they are before a step, whoever has set them."""
+        self.is_underway = True
         for buffer in self._moving() if self.known else self.all:
             buffer.note()
         for buffer in self.still:
@@ -135,6 +137,7 @@ class Buffers:
 
     def move(self, skip: Tensor) -> None:
         """Move the buffers by what has arrived, or not at all if ``skip`` > 0."""
+        self.is_underway = False
         if self.moves is None:
             return
         of_buffers = iter(
@@ -152,6 +155,16 @@ class Buffers:
             for buffer, of_buffer in zip(same, values, strict=True):
                 tensor = _real(buffer.tensor)
                 tensor.copy_(of_buffer.view_as(tensor))
+
+    def before_step(self) -> dict[str, Tensor]:
+        """What buffers were before the step that is under way, by name; empty between steps.
+
+        May be read in another thread, while a forward changes them.
+        """
+        if not self.is_underway:
+            return {}
+        noted = self._moving() if self.known else self.all
+        return {buffer.name: buffer.before for buffer in noted}
 
     def largest_moves(self) -> dict[str, float]:
         """How far, by name, a micro-batch moved the buffers that it changed; puts them back."""

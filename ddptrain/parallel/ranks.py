@@ -14,6 +14,7 @@ from ddptrain.errors import Refused
 from ddptrain.place import Place
 
 T = TypeVar("T")
+STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:
@@ -44,7 +45,7 @@ class Ranks:
             torch.cuda.set_device(device)
         if place.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             return
-        self.store = _connect(place, timeout)
+        self.store = _connect(place, timeout, first=True)
         if place.world_size > 1:
             self.form_group(PrefixStore(f"attempt-{place.restarts}", self.store), timeout)
 
@@ -98,21 +99,39 @@ class Ranks:
 
     def from_first(self, value: T | None) -> T:
         """Return rank 0's value on every rank; the others' is ignored."""
+        return self.from_rank(0, value)
+
+    def from_rank(self, source: int, value: T | None) -> T:
+        """Return the value of rank ``source`` on every rank; the others' is ignored."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=source)
         return box[0]  # type: ignore[return-value]
+
+    def bytes_from(self, source: int, content: bytes | None, size: int) -> bytes:
+        """Return the ``size`` bytes that rank ``source`` has on every rank."""
+        if self.world_size == 1 or size == 0:
+            return content or b""
+        buffer = bytearray(size) if content is None else bytearray(content)
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), src=source)
+        return bytes(buffer)
 
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(device_ids=None)
+
+    def board(self) -> Store | None:
+        """A connection to the store for messages of this attempt, not held up by the others'."""
+        if self.store is None or self.world_size == 1:
+            return None
+        return PrefixStore(f"board-{self.place.restarts}", _connect(self.place, STORE_TIMEOUT))
 
     def leave(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _connect(place: Place, timeout: timedelta) -> TCPStore:
+def _connect(place: Place, timeout: timedelta, first: bool = False) -> TCPStore:
     """Open the store that torchrun's agent keeps for the whole run, over all restarts.
 
     The process group takes a prefix per attempt on it: on a shared prefix the ranks of a new
@@ -122,7 +141,7 @@ def _connect(place: Place, timeout: timedelta) -> TCPStore:
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=place.rank == 0 and not agent_has_store,
+        is_master=first and place.rank == 0 and not agent_has_store,
         timeout=timeout,
         wait_for_workers=False,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ddptrain import pulse
 from ddptrain.errors import DivergenceError
 from ddptrain.hashing import hash_all
 from ddptrain.parallel.ranks import Ranks
@@ -42,6 +43,7 @@ class Replicas:
             return
         step, gathered, work = self.pending
         self.pending = None
+        pulse.enter(pulse.TOGETHER)
         work.wait()
         of_ranks = [tuple(row) for row in gathered.view(self.ranks.world_size, -1).tolist()]
         if len(set(of_ranks)) > 1:

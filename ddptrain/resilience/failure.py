@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,20 +24,26 @@ PEER_SECONDS = 3.0
 logger = logging.getLogger("ddptrain")
 
 
-def exit_with(error: BaseException, place: Place, context: str, on_screen: bool) -> int:
+def note(error: BaseException) -> None:
+    """Write ``error`` to this rank's log, before anything else can fail."""
+    logger.debug("failed:\n%s", _traceback(error))
+
+
+def exit_with(
+    error: BaseException, place: Place, context: str, on_screen: bool, told: threading.Event
+) -> int:
     """Report ``error`` where people and launchers look for it; return the exit code.
 
-    A rank whose collective broke is rarely the cause: it waits for the agent to stop it, so that
-    the rank with the real error is the one that is shown.
+    A rank whose collective broke is rarely the cause: it waits for the agent to end it, which sets
+    ``told``, so that the rank with the real error is the one that is shown.
     """
-    logger.debug("failed:\n%s", _traceback(error))  # now: the agent may end this rank any moment
-    if place.world_size > 1 and _in_collective(error):
-        time.sleep(PEER_SECONDS)
+    if place.world_size > 1 and is_of_peer(error):
+        told.wait(PEER_SECONDS)
         error = PeerFailed(
-            f"a collective failed, most likely because another rank has left ({_summary(error)}); "
+            f"a collective failed, most likely because another rank has left ({summary(error)}); "
             "the first error is in that rank's log"
         )
-    line = f"{place.name}: {context}{_summary(error)}"
+    line = f"{place.name}: {context}{summary(error)}"
     details = "" if isinstance(error, TrainingError) else _traceback(error)
     logger.debug("reported:\n%s", line)
     tell_agent(f"{details}{line}")
@@ -80,7 +87,8 @@ def is_first_to_say() -> bool:
     return True
 
 
-def _summary(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
+    """One line."""
     if isinstance(error, TrainingError):
         return str(error)
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -90,7 +98,7 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _in_collective(error: BaseException) -> bool:
+def is_of_peer(error: BaseException) -> bool:
     """Whether the innermost Python code was torch's, at a place where ranks talk.
 
     They also talk within backward, where a model has errors of its own: there the message tells.

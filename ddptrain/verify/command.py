@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 
 import torch
@@ -13,6 +14,7 @@ from ddptrain.compose import to_plain
 from ddptrain.config import Config, Device
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
 from ddptrain.launch.local import print_failure, start_ranks
+from ddptrain.run_directory import RunDirectory
 from ddptrain.verify.rank import ORDER, REPORT
 
 WORDS = 4000
@@ -29,11 +31,13 @@ def verify(config: Config, world_sizes: list[int], steps: int) -> int:
     # Hooks cannot look into a compiled model; and nothing must be pruned, shown or compared here.
     config.train.compile = False
     config.checkpoint.keep_last, config.checkpoint.keep_best = steps + 1, 0
-    config.run.dir = None
+    config.run.dir = config.checkpoint.dir = None
     with TemporaryDirectory(prefix="ddptrain-verify-") as name:
         folder = Path(name)
         (folder / ORDER).write_text(yaml.safe_dump({**order, "config": to_plain(config)}))
         error = start_ranks(["verify-rank", name], ranks, output=folder / "output")
+        for memory in RunDirectory(folder / "run").memories():
+            rmtree(memory, ignore_errors=True)
         file = folder / REPORT
         if error is not None and not file.exists():
             return print_failure(error, _last_words(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import yaml
@@ -63,7 +64,7 @@ def verify_rank(folder: Path) -> int:
             _report(folder, order, config, [*alone, *judge(outcomes, config)])
         code = EXIT_COMPLETED
     except BaseException as error:
-        code = exit_with(error, place, f"verifying on {trial}: ", on_screen=False)
+        code = exit_with(error, place, f"verifying on {trial}: ", on_screen=False, told=Event())
     # Not through Python's own end: a thread of the process group that wants Python's lock then
     # aborts the process, and the ranks that are still at work with it.
     if place.world_size > 1:

@@ -139,15 +139,15 @@ def _take_steps(
         trainer.stop_if_not_finite()
         outcome.states[number + 1] = _state(trainer)
         if trial.is_reference:
-            trainer.checkpoints.save(number + 1, trainer.task, step.optimizer, step.numbers(), {})
+            trainer.checkpoints.save(trainer.state(number + 1, step.numbers()), durable=True)
+            trainer.checkpoints.settle()
     outcome.gradients, outcome.distances = gradients.digests, gradients.distances
 
 
 def _restore(trainer: Trainer, number: int) -> None:
-    checkpoints, step = trainer.checkpoints, trainer.step
-    manifest = checkpoints.store.verify(number)
-    checkpoints.restore(number, manifest, trainer.task, step.optimizer)
-    step.load_numbers(manifest["step_numbers"])
+    saved = trainer.checkpoints.read(number)
+    saved.put_back(trainer.task, trainer.step.optimizer)
+    trainer.step.load_numbers(saved.manifest["step_numbers"])
 
 
 def _evaluate(trainer: Trainer, recorder: Recorder, outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import torch
@@ -19,6 +20,17 @@ from torch.utils.data import Dataset
 from ddptrain import Loss, Task
 
 LENGTH = 12
+
+
+def is_first(once: str | None) -> bool:
+    """Whether nobody has asked before, who all leave the file ``once``; always without one."""
+    if once is None:
+        return True
+    try:
+        open(once, "x").close()
+    except FileExistsError:
+        return False
+    return True
 
 
 class Sentences(Dataset[dict[str, Tensor]]):
@@ -32,6 +44,9 @@ class Sentences(Dataset[dict[str, Tensor]]):
         odd_at: int | None = None,
         infinite_at: int | None = None,
         uneven: bool = False,
+        sleep_at: int | None = None,
+        once: str | None = None,
+        seconds: float = 0.0,
     ) -> None:
         samples += int(os.environ.get("RANK", "0")) if uneven else 0
         generator = torch.Generator().manual_seed(samples)
@@ -43,6 +58,9 @@ class Sentences(Dataset[dict[str, Tensor]]):
         self.noisy = noisy
         self.fail_at = fail_at
         self.odd_at = odd_at
+        self.sleep_at = sleep_at
+        self.seconds = seconds
+        self.once = once
         if infinite_at is not None:
             self.tokens[infinite_at] = float("inf")
 
@@ -52,6 +70,9 @@ class Sentences(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index == self.fail_at:
             raise ValueError("the file is corrupt")
+        if index == self.sleep_at and is_first(self.once):
+            time.sleep(10_000)
+        time.sleep(self.seconds)
         tokens = self.tokens[index]
         target = (tokens > tokens.roll(1)).long()
         target[self.lengths[index] :] = -1
@@ -133,7 +154,7 @@ class Tagging(Task):
         self.forwards += 1
         if self.is_culprit and self.forwards == self.raise_at:
             raise KeyError("a bug in user code")
-        if self.is_culprit and self.forwards == self.kill_at and self._not_yet():
+        if self.is_culprit and self.forwards == self.kill_at and is_first(self.once):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.is_culprit and self.forwards == self.flip_at:
             bits = next(self.parameters()).data.view(torch.int32)
@@ -148,15 +169,6 @@ class Tagging(Task):
         kept = target >= 0
         right = ((logits.argmax(1) == target) & kept).sum()
         return Loss(total * self.scale, kept.sum(), {"accuracy": (right, kept.sum())})
-
-    def _not_yet(self) -> bool:
-        if self.once is None:
-            return True
-        try:
-            open(self.once, "x").close()
-        except FileExistsError:
-            return False
-        return True
 
 
 class Alone(Tagging):

@@ -1,0 +1,181 @@
+"""Where checkpoints can lie: a disk of this machine or a shared one, or any path fsspec knows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from ddptrain.errors import Refused
+from ddptrain.failpoints import reach
+from ddptrain.files import flush
+
+Digest = dict[str, Any]
+
+
+class Medium(Protocol):
+    """Files by a path of two parts, a checkpoint's folder and a name, under one root.
+
+    What a method has done is durable when it returns. Raises ``OSError``, as files do.
+    """
+
+    def folders(self) -> list[str]:
+        """The names of the folders that hold a file; they need not be checkpoints."""
+
+    def holds(self, folder: str, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def read(self, folder: str, name: str) -> bytes:
+        """The content of a file."""
+
+    def digest(self, folder: str, name: str) -> Digest:
+        """The length and SHA-256 of a file, read anew."""
+
+    def make(self, folder: str) -> None:
+        """Make an empty folder; what was in one of that name is gone."""
+
+    def put(self, folder: str, name: str, source: Path, promised: Digest) -> None:
+        """Copy a file from this machine. Raises ``OSError`` if not all of it arrived."""
+
+    def write(self, folder: str, name: str, content: bytes) -> None:
+        """Give a file a content: after a crash it has the old one or the new, whole."""
+
+    def remove(self, folder: str, name: str) -> None:
+        """Delete one file."""
+
+    def clear(self, folder: str) -> None:
+        """Delete a folder and all in it."""
+
+    def where(self, folder: str, name: str = "") -> str:
+        """The path as people write it."""
+
+
+class Disk:
+    """A folder of a file system. Contents are flushed before names, names before what they free."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folders(self) -> list[str]:
+        return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+
+    def holds(self, folder: str, name: str) -> bool:
+        return (self.root / folder / name).exists()
+
+    def read(self, folder: str, name: str) -> bytes:
+        return (self.root / folder / name).read_bytes()
+
+    def digest(self, folder: str, name: str) -> Digest:
+        with (self.root / folder / name).open("rb") as stream:
+            digest = file_digest(stream, "sha256").hexdigest()
+            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+
+    def make(self, folder: str) -> None:
+        if (self.root / folder).exists():
+            shutil.rmtree(self.root / folder)
+        (self.root / folder).mkdir(parents=True)
+        reach("save: folder made")
+        flush(self.root)
+        reach("save: folder's parent flushed")
+
+    def put(self, folder: str, name: str, source: Path, promised: Digest) -> None:
+        target = self.root / folder / name
+        shutil.copyfile(source, target)
+        reach("save: file copied")
+        flush(target)
+        reach("save: file flushed")
+        found = self.digest(folder, name)
+        if found != promised:
+            raise OSError(0, f"read back as {found}, written as {promised}", str(target))
+
+    def write(self, folder: str, name: str, content: bytes) -> None:
+        target = self.root / folder / name
+        temporary = target.with_name(f".{name}.tmp")
+        temporary.write_bytes(content)
+        flush(temporary)
+        reach("save: manifest written beside")
+        flush(target.parent)  # the files that the content speaks of come before it
+        reach("save: folder flushed")
+        temporary.replace(target)
+        reach("save: manifest renamed")
+        flush(target.parent)
+        reach("save: manifest's folder flushed")
+
+    def remove(self, folder: str, name: str) -> None:
+        (self.root / folder / name).unlink(missing_ok=True)
+        reach("prune: manifest removed")
+        flush(self.root / folder)
+        reach("prune: manifest's folder flushed")
+
+    def clear(self, folder: str) -> None:
+        for file in (self.root / folder).iterdir():
+            file.unlink()
+            reach("prune: one file removed")
+        (self.root / folder).rmdir()
+        flush(self.root)
+
+    def where(self, folder: str, name: str = "") -> str:
+        return str(self.root / folder / name)
+
+
+class Remote:
+    """A path that fsspec knows, such as ``s3://bucket/runs/1``: an object appears whole."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise Refused(f"checkpoint.dir={url}: {error}") from None
+        self.url = url.rstrip("/")
+        self.root = self.root.rstrip("/")
+
+    def folders(self) -> list[str]:
+        self.files.invalidate_cache()
+        found = self.files.find(self.root)
+        prefix = len(self.root.lstrip("/")) + 1
+        return sorted({path.lstrip("/")[prefix:].partition("/")[0] for path in found})
+
+    def holds(self, folder: str, name: str) -> bool:
+        return bool(self.files.exists(self._path(folder, name)))
+
+    def read(self, folder: str, name: str) -> bytes:
+        return bytes(self.files.cat_file(self._path(folder, name)))
+
+    def digest(self, folder: str, name: str) -> Digest:
+        content = self.read(folder, name)
+        return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+    def make(self, folder: str) -> None:
+        self.clear(folder)
+        self.files.makedirs(self._path(folder, ""), exist_ok=True)
+
+    def put(self, folder: str, name: str, source: Path, promised: Digest) -> None:
+        self.files.put_file(str(source), self._path(folder, name))
+        size = self.files.info(self._path(folder, name))["size"]
+        if size != promised["bytes"]:
+            path = self.where(folder, name)
+            raise OSError(0, f"{size} bytes arrived of {promised['bytes']}", path)
+
+    def write(self, folder: str, name: str, content: bytes) -> None:
+        self.files.pipe_file(self._path(folder, name), content)
+
+    def remove(self, folder: str, name: str) -> None:
+        if self.holds(folder, name):
+            self.files.rm_file(self._path(folder, name))
+
+    def clear(self, folder: str) -> None:
+        self.files.invalidate_cache()
+        for path in self.files.find(self._path(folder, "")):
+            self.files.rm_file(path)
+        if self.files.isdir(self._path(folder, "")):
+            self.files.rmdir(self._path(folder, ""))
+
+    def where(self, folder: str, name: str = "") -> str:
+        return "/".join(part for part in (self.url, folder, name) if part)
+
+    def _path(self, folder: str, name: str) -> str:
+        return "/".join(part for part in (self.root, folder, name) if part)

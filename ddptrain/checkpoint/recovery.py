@@ -1,0 +1,129 @@
+"""Finds the newest whole state of a run on any node, and gives it to every rank."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ddptrain.checkpoint.checkpoints import Checkpoints, Saved
+from ddptrain.checkpoint.store import Store
+from ddptrain.errors import CheckpointError
+from ddptrain.failpoints import reach
+from ddptrain.parallel.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+DURABLE = -1
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A checkpoint that a rank can read, in a memory of its node or in the store."""
+
+    step: int
+    rank: int
+    tier: int
+    where: str
+    digest: tuple[tuple[str, str], ...]
+
+
+def recover(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
+    """Return the newest whole checkpoint of all nodes, on every rank; None if the run is new.
+
+    Survivors of a crash may be a step apart, and the newest state is right: what it is of is
+    decided by the config. Of two that say to be of one step and differ, the one that most nodes
+    hold counts. Damaged ones are passed over with a warning. Raises ``CheckpointError`` on every
+    rank if there are checkpoints but none is whole.
+    """
+    offers = [offer for of_rank in ranks.gather(_offers(checkpoints, ranks)) for offer in of_rank]
+    reach("restore: offers gathered")
+    for offer in ranked(offers):
+        saved = _send(checkpoints, ranks, offer)
+        if saved is not None:
+            return saved
+    if offers:
+        raise checkpoints.none_is_whole(len(offers))
+    return None
+
+
+def ranked(offers: list[Offer]) -> list[Offer]:
+    """The offers in the order in which to try them.
+
+    Newest first; those that others contradict, with no majority, last of all.
+    """
+    votes = Counter((offer.step, offer.digest) for offer in offers)
+    agreed: list[Offer] = []
+    doubtful: list[Offer] = []
+    for step in sorted({offer.step for offer in offers}, reverse=True):
+        counts = sorted((n for (s, _), n in votes.items() if s == step), reverse=True)
+        of_step = sorted(
+            (offer for offer in offers if offer.step == step),
+            key=lambda o: (-votes[o.step, o.digest], o.tier == DURABLE, o.rank, o.tier),
+        )
+        if len(counts) > 1:
+            logger.warning(
+                "%s checkpoints of step %s differ: a machine's memory is at fault: %s",
+                len(of_step),
+                step,
+                ", ".join(offer.where for offer in of_step),
+            )
+        certain = len(counts) == 1 or counts[0] > counts[1]
+        (agreed if certain else doubtful).extend(of_step)
+    return agreed + doubtful
+
+
+def _offers(checkpoints: Checkpoints, ranks: Ranks) -> list[Offer]:
+    stores: list[tuple[int, Store]] = []
+    if ranks.place.local_rank == 0:
+        stores += list(enumerate(checkpoints.memory.stores))
+    if ranks.is_first:
+        stores.append((DURABLE, checkpoints.store))
+        try:
+            checkpoints.store.medium.folders()
+        except OSError as error:
+            where = checkpoints.store.medium.where("")
+            raise CheckpointError(
+                f"{where}: cannot be read: {error}; mend that, or name another checkpoint.dir"
+            ) from error
+    return [offer for tier, store in stores for offer in _of_store(store, tier, ranks.rank)]
+
+
+def _of_store(store: Store, tier: int, rank: int) -> Iterator[Offer]:
+    for step in store.steps():
+        digest: tuple[tuple[str, str], ...] = ()
+        try:
+            files = store.manifest(step)["files"]
+            digest = tuple((name, files[name]["sha256"]) for name in sorted(files))
+        except (CheckpointError, KeyError, TypeError):
+            pass  # told when it is tried, which it may not be
+        yield Offer(step, rank, tier, store.where(step), digest)
+
+
+def _send(checkpoints: Checkpoints, ranks: Ranks, offer: Offer) -> Saved | None:
+    """Read ``offer`` where it is, and send it to the others; None if it is not whole."""
+    saved: Saved | None = None
+    if ranks.rank == offer.rank:
+        memory = checkpoints.memory
+        store = checkpoints.store if offer.tier == DURABLE else memory.stores[offer.tier]
+        try:
+            saved = checkpoints.read(offer.step, store)
+            if different := checkpoints.differences(saved.manifest):
+                raise CheckpointError(
+                    f"{saved.origin}: of a run with another config: {'; '.join(different)}"
+                )
+            reach("restore: read")
+        except CheckpointError as error:
+            logger.warning("passing over a checkpoint: %s", error)
+    told = saved.manifest if saved is not None else None
+    manifest: dict[str, Any] | None = ranks.from_rank(offer.rank, told)
+    if manifest is None:
+        return None
+    reach("restore: verified")
+    contents = {
+        name: ranks.bytes_from(offer.rank, saved.contents[name] if saved else None, size["bytes"])
+        for name, size in manifest["files"].items()
+    }
+    reach("restore: sent")
+    return Saved(manifest, contents, offer.where)

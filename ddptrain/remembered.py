@@ -1,0 +1,39 @@
+"""The config of a launch, kept for the attempts after the first, which start the faster for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+
+from ddptrain.compose import compose, to_plain
+from ddptrain.config import Config
+from ddptrain.files import replace_text
+from ddptrain.place import Place
+
+
+def compose_once(overrides: list[str], place: Place) -> Config:
+    """Compose and check the config in a launch's first attempt; the others go by that.
+
+    So that a file edited meanwhile does not part the attempts, or the ranks. Raises ``Refused``.
+    """
+    file = _file(place)
+    if file is not None and place.restarts > 0 and file.exists():
+        plain = json.loads(file.read_text())
+        typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        return cast("Config", OmegaConf.to_object(typed))
+    config = compose(overrides)
+    if file is not None:
+        replace_text(file, json.dumps(to_plain(config)))
+    return config
+
+
+def _file(place: Place) -> Path | None:
+    """In the folder that torchrun's agent has made, for this launch alone, on this node."""
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if errors is None:
+        return None
+    return Path(errors).parents[2] / f"config-{place.local_rank}.json"

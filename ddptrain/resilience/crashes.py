@@ -1,0 +1,75 @@
+"""What made a run fail, on record; a step that fails again and again ends its restarts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ddptrain.errors import TrainingError
+
+TIMES = 3
+"""How often the same step may fail before nobody starts the run again by itself."""
+LAUNCHES = ("DDPTRAIN_LAUNCH", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+"""What stays the same over the restarts that nobody asked for by hand."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Crash:
+    """How one rank ended. ``is_cause`` is False for a rank that only lost another one."""
+
+    launch: str
+    start: str
+    rank: int
+    step: int
+    finished: int
+    is_cause: bool
+    error: str
+    time: float
+
+
+class Crashes:
+    """The crashes of a run, a line each, in the order of their starts."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.launch = next((os.environ[name] for name in LAUNCHES if name in os.environ), "")
+
+    def add(
+        self, start: str, rank: int, step: int, finished: int, is_cause: bool, error: str
+    ) -> None:
+        """Note that ``rank`` failed in ``step``, after ``finished`` steps of this start."""
+        crash = Crash(self.launch, start, rank, step, finished, is_cause, error, time.time())
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(asdict(crash)) + "\n")
+
+    def of_launch(self) -> list[Crash]:
+        """One crash for each start of this launch that had any: the cause, if a rank knew it."""
+        first: dict[str, Crash] = {}
+        for line in self.file.read_text().splitlines() if self.file.exists() else ():
+            try:
+                crash = Crash(**json.loads(line))
+            except (ValueError, TypeError):
+                continue  # cut short by a crash
+            known = first.get(crash.start)
+            if crash.launch == self.launch and (
+                known is None or (crash.is_cause and not known.is_cause)
+            ):
+                first[crash.start] = crash
+        return list(first.values())
+
+    def refuse_loop(self) -> None:
+        """Raise ``TrainingError`` if the last ``TIMES`` starts of this launch failed alike."""
+        last = self.of_launch()[-TIMES:]
+        if len(last) < TIMES or len({crash.step for crash in last}) > 1:
+            return
+        told = next((crash for crash in reversed(last) if crash.is_cause), last[-1])
+        raise TrainingError(
+            f"step {told.step} has failed {TIMES} times in a row, so this run is not started "
+            f"again by itself: {told.error}"
+        )

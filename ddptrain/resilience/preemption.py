@@ -1,0 +1,116 @@
+"""Turns a signal that asks a run to end into a stop between two steps, with a checkpoint."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from ddptrain.errors import EXIT_FAILED, EXIT_STOPPED
+from ddptrain.place import Place
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIDE_SHARE = 0.3
+"""The last part of the grace, in which a rank that could not stop saves from the side."""
+ECHO_SECONDS = 1.0
+"""A second Ctrl-C within so long is the first, handed on by the agent that got it as well."""
+ORPHAN_SECONDS = 1.5
+"""An orphan has so long to save its state in memory; by then it has ended in any case."""
+
+Rescue = Callable[[float, bool], str | None]
+
+
+class StopRequest:
+    """Whether this rank was asked to stop, and by which signal.
+
+    The kernel writes each signal's number to a pipe, which a thread reads: it hears of it also
+    while the main thread waits in a collective, where no Python handler runs. The thread only
+    takes note; the ranks agree on the step after which they stop (see ``Step.stop_is_agreed``).
+    Whoever cannot, in a hung collective or a long evaluation, saves the state of the last finished
+    step from the side when the grace runs out, and leaves.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.grace_seconds = 25.0
+        self.signal = ""
+        self.since = 0.0
+        self.heard = threading.Event()
+        self.rescue: Rescue | None = None
+        self.parent = os.getppid()
+
+    def listen(self) -> None:
+        """Take note of signals from here on; only the main thread may call it."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in SIGNALS:
+            signal.signal(number, _nothing)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_unlisten)
+        threading.Thread(target=self._hear, args=[reader], name="signals", daemon=True).start()
+
+    @property
+    def came(self) -> bool:
+        return bool(self.signal)
+
+    def _hear(self, reader: int) -> None:
+        while True:
+            for number in os.read(reader, 64):
+                if number in SIGNALS:
+                    self._take_note(signal.Signals(number))
+
+    def _take_note(self, number: signal.Signals) -> None:
+        if os.getppid() != self.parent:
+            self._leave_orphaned()
+        if self.came:
+            if number == signal.SIGINT and time.monotonic() - self.since > ECHO_SECONDS:
+                self._leave("interrupted again: leaves at once", EXIT_FAILED)
+            return  # torchrun's agent sends one more to whoever is slower than another rank
+        self.since = time.monotonic()
+        self.signal = number.name
+        self.heard.set()
+        self._say(f"{self.signal}: stops after this step")
+        threading.Thread(target=self._watch_the_clock, name="grace", daemon=True).start()
+
+    def _watch_the_clock(self) -> None:
+        """If the main thread does not stop in time, save in its stead."""
+        until = time.monotonic() + self.grace_seconds
+        time.sleep(self.grace_seconds * (1 - SIDE_SHARE))
+        within = f"within {self.grace_seconds:g} s of {self.signal} (resilience.grace_seconds)"
+        faulthandler.dump_traceback_later(max(0.1, until - time.monotonic()), exit=True)
+        place = self.rescue(until, True) if self.rescue is not None else None
+        if place is not None:
+            why = f"could not stop {within}; the last finished step is saved in {place}"
+            self._leave(why, EXIT_STOPPED)
+        self._leave(f"could not stop {within}; the checkpoint before stands", EXIT_FAILED)
+
+    def _leave_orphaned(self) -> None:
+        """The agent was killed: nobody will look after this rank, and another may take over."""
+        faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
+        until = time.monotonic() + ORPHAN_SECONDS / 2
+        place = self.rescue(until, False) if self.rescue is not None else None
+        saved = f"the last finished step is saved in {place}" if place else "nothing new to save"
+        self._leave(f"the process that started this rank has gone; {saved}", EXIT_FAILED)
+
+    def _leave(self, why: str, code: int) -> None:
+        self._say(why)
+        os._exit(code)
+
+    def _say(self, what: str) -> None:
+        """Without Python's buffers, which another thread may hold."""
+        os.write(2, f"{self.place.name}: {what}\n".encode())
+
+
+def _nothing(*_: object) -> None:
+    """A handler of Python's own has to be there, or the number is not written."""
+
+
+def _unlisten() -> None:
+    """A child must not tell its parent of signals that only the child got."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _nothing:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,36 @@
+"""What the kernel says of processes: whether one lives, or is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+
+def _fields(pid: int | str) -> list[str]:
+    """``/proc/<pid>/stat`` from its third field on, which is the state; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def born(pid: int) -> str:
+    """When a process started, in ticks since boot: with its number, its name for good."""
+    fields = _fields(pid)
+    return fields[19] if fields else ""
+
+
+def is_gone(pid: int, start: str) -> bool:
+    """Whether that process has ended, also if nobody has looked after it yet."""
+    fields = _fields(pid)
+    return not fields or fields[19] != start or fields[0] in "ZX"
+
+
+def kill_if_stopped(pid: int, start: str) -> bool:
+    """SIGKILL a process that is stopped, which would ignore anything gentler."""
+    fields = _fields(pid)
+    if not fields or fields[19] != start or fields[0] not in "Tt":
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True

@@ -1,0 +1,199 @@
+"""Sees that a job hangs, says which rank holds up the others and where, and ends it."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+from ddptrain import pulse
+from ddptrain.place import Place
+from ddptrain.resilience.flight import unfinished
+from ddptrain.resilience.processes import born, is_gone, kill_if_stopped
+from ddptrain.resilience.verdict import Sign, explain, idle_seconds
+
+POLL_SECONDS = 1.0
+GONE_SECONDS = 3.0
+"""So long a rank that waits for one that has ended may take to notice by itself."""
+LAST_RESORT_SECONDS = 30.0
+STACK_SECONDS = 1.5
+"""So long the rank that reports waits for what the others were doing."""
+
+logger = logging.getLogger(__name__)
+
+
+class Board(Protocol):
+    """Where ranks leave messages: torch's store, through a connection of the watchdog's own."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def add(self, key: str, amount: int) -> int: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+
+class Watchdog:
+    """A thread per rank that tells the others what its rank does, and reads what they do.
+
+    It costs a step nothing: the step says what it does in a variable (see ``pulse``), which the
+    thread looks at once a second. ``leave`` saves what can be saved and ends the process.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        board: Board | None,
+        hang_seconds: float,
+        leave: Callable[[str, bool], None],
+    ) -> None:
+        self.place = place
+        self.board = board
+        self.hang_seconds = hang_seconds
+        self.leave = leave
+        self.ended = threading.Event()
+        self.others_are_there = False
+        self.number = 0
+        self.heard: dict[int, tuple[bytes, float, dict[str, Any]]] = {}
+        self.gone_since: dict[int, float] = {}
+        self.own: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": born(os.getpid()),
+        }
+
+    def start(self) -> None:
+        """Begin to watch."""
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def end(self) -> None:
+        """Watch no more: the rank has finished, or is about to leave by itself."""
+        self.ended.set()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(POLL_SECONDS):
+            try:
+                self._look()
+            except Exception as error:  # the store has gone with its agent, which ends us as well
+                logger.debug("watchdog: %s", error)
+        self._publish(finished=True)
+
+    def _look(self) -> None:
+        self._publish()
+        signs = self._signs()
+        if self._alarm_was_raised() or idle_seconds(signs) > self.hang_seconds:
+            self._raise_alarm()
+        elif (gone := self._gone(signs)) is not None:
+            mine = signs[self.place.rank]
+            faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True)
+            self.leave(
+                f"rank {gone} has gone, and this rank still waits for it in {mine.phase} of step "
+                f"{mine.step}",
+                False,
+            )
+
+    def _publish(self, finished: bool = False, stack: str = "") -> None:
+        if self.board is None:
+            return
+        self.number += 1
+        sign = asdict(self._own_sign(finished, stack))
+        try:
+            self.board.set(_key(self.place.rank), json.dumps({**sign, "number": self.number}))
+        except Exception as error:
+            logger.debug("watchdog: %s", error)
+
+    def _own_sign(self, finished: bool = False, stack: str = "") -> Sign:
+        beat = pulse.now
+        idle = time.monotonic() - beat.since
+        return Sign(
+            self.place.rank, beat.phase, beat.step, idle, finished=finished, stack=stack, **self.own
+        )
+
+    def _signs(self) -> list[Sign]:
+        """What is known of every rank, in order; this one knows best of itself."""
+        now = time.monotonic()
+        if self.board is not None:
+            keys = [_key(rank) for rank in range(self.place.world_size)]
+            self.others_are_there = self.others_are_there or self.board.check(keys)
+            texts = self.board.multi_get(keys) if self.others_are_there else []
+            for rank, text in enumerate(texts):
+                if rank not in self.heard or self.heard[rank][0] != text:
+                    told = json.loads(text)
+                    del told["number"]
+                    self.heard[rank] = text, now, told
+        signs = []
+        for rank in range(self.place.world_size):
+            if rank == self.place.rank:
+                signs.append(self._own_sign())
+            elif rank in self.heard:
+                _, when, told = self.heard[rank]
+                sign = Sign(**told)
+                signs.append(replace(sign, idle=sign.idle + now - when, silent=now - when))
+            else:
+                signs.append(Sign(rank, pulse.START_UP, -1, 0.0))
+        return signs
+
+    def _gone(self, signs: list[Sign]) -> int | None:
+        """A rank of this machine that has ended while this one waits and waits."""
+        now = time.monotonic()
+        for sign in signs:
+            is_near = sign.host == self.own["host"] and sign.pid and not sign.finished
+            if not is_near or not is_gone(sign.pid, sign.born):
+                self.gone_since.pop(sign.rank, None)
+                continue
+            since = self.gone_since.setdefault(sign.rank, now)
+            idle = signs[self.place.rank].idle
+            if now - since > GONE_SECONDS and idle > GONE_SECONDS:
+                return sign.rank
+        return None
+
+    def _alarm_was_raised(self) -> bool:
+        return self.board is not None and self.board.check([ALARM])
+
+    def _raise_alarm(self) -> None:
+        """Report, end whoever is stopped, and leave; every rank that can does so."""
+        faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True)
+        stack = self._write_stacks()
+        if self.board is not None:
+            self.board.set(ALARM, "1")
+        self._publish(stack=stack)
+        speaks = self.board is None or self.board.add(SPEAKERS, 1) == 1
+        time.sleep(STACK_SECONDS)
+        known = [s if s.rank != self.place.rank else replace(s, stack=stack) for s in self._signs()]
+        for sign in known:
+            if sign.host == self.own["host"] and sign.pid:
+                kill_if_stopped(sign.pid, sign.born)
+        report = f"no progress for {self.hang_seconds:g} s (resilience.hang_seconds): "
+        self.leave(report + explain(known) + unfinished(), speaks)
+
+    def _write_stacks(self) -> str:
+        """Write every thread's Python stack to this rank's log; return the main thread's line."""
+        beat = pulse.now
+        seconds = time.monotonic() - beat.since
+        logger.info("in %s of step %s for %.0f s", beat.phase, beat.step, seconds)
+        frames = sys._current_frames()
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        main = threading.main_thread().ident
+        for ident in sorted(frames, key=lambda ident: ident != main):
+            lines = "".join(traceback.format_stack(frames[ident]))
+            logger.debug("thread %s:\n%s", names.get(ident, ident), lines)
+        own = traceback.extract_stack(frames[main]) if main in frames else []
+        return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
+
+
+ALARM = "alarm"
+SPEAKERS = "speakers"
+
+
+def _key(rank: int) -> str:
+    return f"rank-{rank}"

@@ -1,0 +1,164 @@
+"""Faults of the machine: a disk that fills up, a clock that jumps, memory that runs out.
+
+Each of them needs something of the machine; ``…_unavailable`` says why it cannot be had, if so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from chaos.operator import Context
+
+OWN_CLOCK = "FAKETIME_TIMESTAMP_FILE"
+CGROUPS = Path("/sys/fs/cgroup")
+ALLOWANCE = 256 * 2**20
+"""Bytes that a process in the small memory may allocate."""
+
+
+def disk_unavailable() -> str | None:
+    return None if os.geteuid() == 0 else "a small tmpfs can be mounted by root alone"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """A file system of its own at ``folder``, until the block ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = f"size={mebibytes}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "chaos", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@dataclass(frozen=True)
+class Full:
+    """The disk of the run directory has no byte left, for some seconds."""
+
+    seconds: float
+    name: str = "full disk"
+    stops: bool = False
+
+    def inject(self, context: Context) -> bool:
+        filler = context.setting.run / "filler"
+        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            for size in (2**16, 2**12, 1):
+                _fill(stream.fileno(), b"\0" * size)
+        context.excused_until = time.monotonic() + self.seconds
+        threading.Timer(self.seconds, filler.unlink).start()
+        return True
+
+
+def _fill(descriptor: int, block: bytes) -> None:
+    try:
+        while True:
+            os.write(descriptor, block)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+
+
+def clock_library() -> Path | None:
+    """libfaketime, where the distribution's package puts it, or as ``LIBFAKETIME`` says."""
+    named = os.environ.get("LIBFAKETIME")
+    found = [Path(named)] if named else sorted(Path("/usr/lib").glob("*/faketime/*MT.so.1"))
+    return next((path for path in found if path.exists()), None)
+
+
+def clock_unavailable() -> str | None:
+    return None if clock_library() else "libfaketime is not installed (apt-get install faketime)"
+
+
+def own_clock(file: Path) -> dict[str, str]:
+    """Variables that give a process a wall clock that ``file`` sets off; no other clock moves."""
+    file.write_text("+0")
+    return {
+        "LD_PRELOAD": str(clock_library()),
+        OWN_CLOCK: str(file),
+        "FAKETIME_CACHE_DURATION": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+@dataclass(frozen=True)
+class Jump:
+    """The wall clock of all processes of the run is set, by so many seconds from the true time."""
+
+    seconds: int
+    stops: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"clock set by {self.seconds:+d} s"
+
+    def inject(self, context: Context) -> bool:
+        file = Path(context.setting.variables[OWN_CLOCK])
+        temporary = file.with_suffix(".new")
+        temporary.write_text(f"{self.seconds:+d}")
+        temporary.replace(file)
+        return True
+
+
+def memory_unavailable() -> str | None:
+    if os.geteuid() != 0:
+        return "a memory cgroup can be made by root alone"
+    if _memory_cgroups() is None:
+        return f"there is no memory cgroup that can be written to under {CGROUPS}"
+    return None
+
+
+def _memory_cgroups() -> tuple[Path, str] | None:
+    """Where memory cgroups can be made, and the name of their limit."""
+    candidates = [(CGROUPS / "memory", "memory.limit_in_bytes"), (CGROUPS, "memory.max")]
+    for parent, limit in candidates:
+        group = parent / f"ddptrain-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        there = (group / limit).exists()
+        group.rmdir()
+        if there:
+            return parent, limit
+    return None
+
+
+@contextlib.contextmanager
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup that allows little, until the block ends."""
+    available = _memory_cgroups()
+    assert available is not None
+    parent, limit = available
+    group = parent / f"ddptrain-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(ALLOWANCE))
+        yield group
+    finally:
+        group.rmdir()
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A rank allocates memory in its next step until the kernel kills it."""
+
+    group: Path
+    name: str = "out of memory"
+    stops: bool = False
+
+    def inject(self, context: Context) -> bool:
+        ranks = [p for p in context.processes() if p.is_rank]
+        if not ranks:
+            return False
+        chosen = context.random.choice(ranks)
+        (self.group / "cgroup.procs").write_text(str(chosen.pid))
+        (context.setting.notes / f"grow-{chosen.rank}").touch()
+        return True

@@ -1,0 +1,208 @@
+"""Whatever ends a run, started again it goes on from its last step, and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import (
+    DDPTRAIN,
+    LIMIT_SECONDS,
+    PROJECT,
+    TORCHRUN,
+    kill_tree,
+    ranks_below,
+    read_metrics,
+    read_result,
+    start,
+    train,
+    tree,
+)
+
+from ddptrain.observe.loggers import read_json_lines
+from ddptrain.run_directory import RunDirectory
+
+STEPS = 80
+EXACT = ["experiment=ragged", "parallel.reduction=exact", "log.tensorboard=false"]
+QUIET = ["eval.every_steps=null", "checkpoint.keep_best=0", "checkpoint.memory_every_steps=null"]
+RUN = [*EXACT, *QUIET, "log.fingerprint_every=1", f"train.max_steps={STEPS}"]
+UNDER_TORCHRUN = [*TORCHRUN, "2", "--max-restarts=2", "-m", "ddptrain"]
+LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]
+Started = subprocess.Popen[str]
+Inject = Callable[[Started], None]
+
+
+def signal_rank(rank: int, number: signal.Signals) -> Inject:
+    return lambda agent: os.kill(ranks_below(agent.pid)[rank], number)
+
+
+def signal_agent(number: signal.Signals) -> Inject:
+    return lambda agent: agent.send_signal(number)
+
+
+def signal_all(number: signal.Signals) -> Inject:
+    """Every process of the run, loading workers as well: what scancel and Ctrl-C do."""
+
+    def inject(agent: Started) -> None:
+        for process in tree(agent.pid):
+            os.kill(process, number)
+
+    return inject
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    lines = read_json_lines(run_dir / "fingerprints.jsonl")
+    return [line["step"] for line in lines[1:]]
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The log lines; of what a task logs, a rank that was killed took its share with it."""
+    return [{k: v for k, v in line.items() if k != "accuracy"} for line in read_metrics(run_dir)]
+
+
+def wait_for(run_dir: Path, step: int, agent: Started) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not steps_of(run_dir) or steps_of(run_dir)[-1] < step:
+        assert agent.poll() is None, agent.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def finish(agent: Started) -> tuple[int, str]:
+    """The exit code and stderr of a command that ends by itself."""
+    try:
+        _, err = agent.communicate(timeout=LIMIT_SECONDS)
+    finally:
+        kill_tree(agent.pid)
+    return agent.returncode, err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    return train(run_dir, 1, *RUN), run_dir
+
+
+@pytest.mark.parametrize(
+    ("launcher", "inject", "code"),
+    [
+        pytest.param(UNDER_TORCHRUN, signal_rank(1, signal.SIGKILL), 0, id="a rank is killed"),
+        pytest.param(LAUNCHED, signal_rank(0, signal.SIGKILL), 0, id="rank 0 is killed"),
+        pytest.param(UNDER_TORCHRUN, signal_rank(1, signal.SIGTERM), 0, id="SIGTERM to one rank"),
+        pytest.param(UNDER_TORCHRUN, signal_agent(signal.SIGTERM), 1, id="SIGTERM to torchrun"),
+        pytest.param(UNDER_TORCHRUN, signal_agent(signal.SIGKILL), -9, id="torchrun is killed"),
+        pytest.param(LAUNCHED, signal_rank(0, signal.SIGUSR2), 75, id="SIGUSR2 to one rank"),
+        pytest.param(LAUNCHED, signal_agent(signal.SIGUSR1), 75, id="SIGUSR1 to the launcher"),
+        pytest.param(LAUNCHED, signal_all(signal.SIGTERM), 75, id="SIGTERM to everything"),
+        pytest.param(LAUNCHED, signal_all(signal.SIGINT), 75, id="Ctrl-C"),
+    ],
+)
+def test_no_step_is_lost(
+    undisturbed: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    launcher: list[str],
+    inject: Inject,
+    code: int,
+) -> None:
+    clean, clean_dir = undisturbed
+    run_dir = tmp_path / "run"
+    command = [*launcher, *RUN, "data.workers=1", f"run.dir={run_dir}"]
+    agent = start(command)
+    wait_for(run_dir, 30, agent)
+    inject(agent)
+    ended, err = finish(agent)
+    assert ended == code, err[-3000:]
+    if code:
+        ended, err = finish(start(command))
+        assert ended == 0, err[-3000:]
+    told = read_result(run_dir)
+    assert told["weights_sha256"] == clean["weights_sha256"]
+    assert (told["restarts"], told["lost_steps"]) == (1, 0)
+    assert steps_of(run_dir) == list(range(1, STEPS + 1))
+    assert read_json_lines(run_dir / "fingerprints.jsonl") == read_json_lines(
+        clean_dir / "fingerprints.jsonl"
+    )
+    assert lines_of(run_dir) == lines_of(clean_dir)
+    assert not any(folder.exists() for folder in RunDirectory(run_dir).memories())
+
+
+def test_all_ranks_killed_at_once_go_on_from_the_snapshot_in_memory(
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Nobody is left to save, so what is lost is less than ``checkpoint.memory_every_steps``."""
+    run_dir = tmp_path / "run"
+    every = "checkpoint.memory_every_steps=8"
+    agent = start([*LAUNCHED, *RUN, every, f"run.dir={run_dir}"])
+    wait_for(run_dir, 45, agent)
+    ranks = ranks_below(agent.pid)
+    for process in ranks.values():
+        os.kill(process, signal.SIGKILL)
+    ended, err = finish(agent)
+    assert ended == 0, err[-3000:]
+    told = read_result(run_dir)
+    assert told["weights_sha256"] == undisturbed[0]["weights_sha256"]
+    assert told["restarts"] == 1
+    assert 0 <= told["lost_steps"] <= 8 + 8  # the newest may not have been sealed yet
+    assert steps_of(run_dir) == list(range(1, STEPS + 1))
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    """While the first waits for a step that never ends."""
+    run_dir = tmp_path / "run"
+    sleeping = ["data.train.sleep_at=3", "experiment=ragged", f"run.dir={run_dir}"]
+    alone = start([*DDPTRAIN, *sleeping, "log.tensorboard=false"], PROJECT)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not (run_dir / "attempts.jsonl").exists():
+        assert alone.poll() is None, alone.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    alone.send_signal(signal.SIGINT)
+    assert alone.stderr is not None
+    assert "SIGINT: stops after this step" in alone.stderr.readline()
+    while alone.poll() is None:  # the first of them are taken for echoes
+        alone.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    ended, err = finish(alone)
+    assert ended == 1
+    assert "interrupted again" in err
+
+
+def test_a_rank_that_cannot_stop_saves_from_the_side(tmp_path: Path) -> None:
+    """A data set that sleeps in step 3 holds up the stop until the grace is over."""
+    run_dir = tmp_path / "run"
+    once = tmp_path / "once"
+    command = [*DDPTRAIN, *RUN, f"run.dir={run_dir}", "resilience.grace_seconds=2"]
+    command += ["data.train.sleep_at=17", f"data.train.once={once}"]
+    alone = start(command)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not once.exists():
+        assert alone.poll() is None, alone.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    alone.send_signal(signal.SIGTERM)
+    ended, err = finish(alone)
+    assert ended == 75, err
+    assert "could not stop within 2 s of SIGTERM" in err
+    done = steps_of(run_dir)
+    ended, err = finish(start(command))
+    assert ended == 0, err
+    assert read_result(run_dir)["lost_steps"] == 0
+    assert json.loads((run_dir / "attempts.jsonl").read_text().splitlines()[1])["step"] == done[-1]
+
+
+def test_a_step_that_fails_three_times_ends_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [*LAUNCHED, *RUN, f"run.dir={run_dir}", "launch.max_restarts=9"]
+    ended, err = finish(start([*command, "data.train.fail_at=17", "data.shuffle=false"]))
+    assert ended == 1
+    starts = read_json_lines(run_dir / "attempts.jsonl")
+    assert len(starts) == 3 if starts[-1]["step"] else len(starts) == 1
+    last = err.strip().splitlines()[-1]
+    assert "sample 17: ValueError: the file is corrupt" in last

@@ -1,0 +1,169 @@
+"""A job that hangs says which rank holds it up and where, within the limit, and goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from launching import (
+    DDPTRAIN,
+    LIMIT_SECONDS,
+    TORCHRUN,
+    kill_tree,
+    ranks_below,
+    read_result,
+    run,
+    start,
+    train,
+)
+
+from ddptrain import pulse
+from ddptrain.observe.loggers import read_json_lines
+from ddptrain.resilience.flight import describe
+from ddptrain.resilience.processes import born, is_gone, kill_if_stopped
+from ddptrain.resilience.verdict import PATIENT, SILENT_SECONDS, Sign, explain, idle_seconds
+
+EXACT = ["experiment=ragged", "parallel.reduction=exact", "log.tensorboard=false"]
+SHORT = [*EXACT, "eval.every_steps=null", "checkpoint.keep_best=0", "train.max_steps=60"]
+
+
+# --- the verdict -------------------------------------------------------------------------------
+
+
+def test_the_rank_that_loads_data_is_named() -> None:
+    waiting = [Sign(rank, pulse.REDUCING, 812, 60.5) for rank in range(3)]
+    loading = Sign(3, pulse.LOADING, 812, 61.2, stack="data.py:7 in __getitem__")
+    assert explain([*waiting, loading]) == (
+        "rank 3 has been in data loading of step 812 for 61 s (data.py:7 in __getitem__); "
+        "ranks 0–2 wait for it in backward and all-reduce of step 812"
+    )
+
+
+def test_a_rank_that_does_not_answer_is_named_with_its_process() -> None:
+    stopped = Sign(1, pulse.FORWARD, 5, 33.0, silent=33.0, host="a", pid=4711)
+    told = explain([Sign(0, pulse.REDUCING, 5, 33.0), stopped])
+    assert told.startswith("rank 1 (process 4711 on a) has not answered for 33 s")
+    assert told.endswith("rank 0 waits for it in backward and all-reduce of step 5")
+
+
+def test_if_all_wait_it_is_the_network() -> None:
+    told = explain([Sign(rank, pulse.REDUCING, 5, 40.0) for rank in (0, 1)])
+    assert "ranks 0 and 1 are in backward and all-reduce of step 5" in told
+    assert "the network between them is broken" in told
+
+
+SIGNS = st.lists(
+    st.builds(
+        Sign,
+        st.integers(0, 9),
+        st.sampled_from([pulse.LOADING, pulse.REDUCING, pulse.TOGETHER, *PATIENT]),
+        st.integers(-1, 99),
+        st.floats(0, 1000),
+        st.floats(0, 1000),
+        finished=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(SIGNS)
+def test_nobody_is_accused_while_somebody_gets_on(signs: list[Sign]) -> None:
+    at_work = [s for s in signs if not s.finished and s.silent <= SILENT_SECONDS]
+    idle = idle_seconds(signs)
+    assert all(idle <= s.idle for s in at_work)
+    if any(s.phase in PATIENT for s in at_work) or not at_work:
+        assert idle == 0
+    if [s for s in signs if not s.finished]:
+        assert explain(signs)
+
+
+def test_the_flight_recorder_says_what_is_unfinished() -> None:
+    done = {"collective_seq_id": 6, "profiling_name": "nccl:all_reduce", "state": "completed"}
+    begun = {"collective_seq_id": 7, "profiling_name": "nccl:all_gather", "state": "started"}
+    told = describe({"entries": [done, begun]})
+    assert told == "; on this rank nccl:all_gather, the 7th collective, is started"
+    assert describe({"entries": [done]}) == describe({}) == ""
+
+
+def test_only_a_stopped_process_of_that_birth_is_killed() -> None:
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    when = born(child)
+    assert not is_gone(child, when)
+    assert is_gone(child, "another")
+    assert not kill_if_stopped(child, when)
+    os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)
+    assert not kill_if_stopped(child, "another")
+    assert kill_if_stopped(child, when)
+    os.waitpid(child, 0)
+    assert is_gone(child, when)
+
+
+# --- real ranks --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    result = train(tmp_path_factory.mktemp("clean") / "run", 1, *SHORT)
+    return str(result["weights_sha256"])
+
+
+def test_a_stopped_rank_is_named_and_killed_and_the_run_goes_on(
+    tmp_path: Path, expected: str
+) -> None:
+    run_dir = tmp_path / "run"
+    launcher = [*TORCHRUN, "3", "--max-restarts=2", "-m", "ddptrain"]
+    agent = start([*launcher, *SHORT, f"run.dir={run_dir}", "resilience.hang_seconds=6"])
+    deadline = time.monotonic() + LIMIT_SECONDS
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 10:
+        assert agent.poll() is None, agent.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stopped = ranks_below(agent.pid)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        _, err = agent.communicate(timeout=LIMIT_SECONDS)
+    finally:
+        kill_tree(agent.pid)
+    assert agent.returncode == 0, err
+    assert re.search(rf"rank 1 \(process {stopped} on .*\) has not answered for", err), err
+    assert "ranks 0 and 2 wait for it in" in err
+    assert not Path(f"/proc/{stopped}").exists()
+    result = read_result(run_dir)
+    assert result["weights_sha256"] == expected
+    assert (result["restarts"], result["lost_steps"]) == (1, 0)
+    logs = "".join(file.read_text() for file in (run_dir / "logs").iterdir())
+    assert "thread MainThread:" in logs
+
+
+def test_a_data_set_that_sleeps_is_named_and_the_run_goes_on(tmp_path: Path, expected: str) -> None:
+    run_dir, once = tmp_path / "run", tmp_path / "once"
+    sleeping = ["data.train.sleep_at=17", f"data.train.once={once}", "resilience.hang_seconds=6"]
+    launcher = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]
+    finished = run([*launcher, *SHORT, *sleeping, f"run.dir={run_dir}"])
+    if "starting the ranks again" not in finished.stderr:  # it slept in the very first step
+        finished = run([*launcher, *SHORT, *sleeping, f"run.dir={run_dir}"])
+    assert finished.returncode == 0, finished.stderr
+    told = r"rank \d has been in data loading of step \d+ for \d+ s \(.*ragged\.py:\d+ in __getit"
+    assert re.search(told, finished.stderr), finished.stderr
+    assert read_result(run_dir)["weights_sha256"] == expected
+
+
+def test_a_long_evaluation_raises_no_alarm(tmp_path: Path) -> None:
+    """Longer than the limit as a whole, though none of its micro-batches is."""
+    slow = ["data.val.seconds=1", "eval.every_steps=30", "resilience.hang_seconds=8"]
+    launcher = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "launch.max_restarts=0"]
+    finished = run([*launcher, *SHORT, *slow, f"run.dir={tmp_path / 'run'}"])
+    assert finished.returncode == 0, finished.stderr
+    assert len(read_json_lines(tmp_path / "run" / "attempts.jsonl")) == 1
