@@ -133,8 +133,6 @@ def main() -> int:
     kinds = named(*options.kinds)
     random = Random(options.seed)
     print(f"seed {options.seed}; {len(kinds)} kinds; {options.faults} faults", flush=True)
-    if not hangs.WATCHED:
-        print(f"skipped: {'; '.join(k.name for k in hangs.ALL)}: {hangs.UNWATCHED}", flush=True)
     deck: list[Fault] = []
     stories: list[Told] = []
     while (left := options.faults - sum(len(story.events) for story in stories)) > 0:

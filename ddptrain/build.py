@@ -93,6 +93,9 @@ def build_trainer(
         loss_scale=loss_scale,
         fingerprints=Fingerprints(task, plan, ranks, config.log.fingerprint_every, total_steps),
     )
+    checkpoints = build_checkpoints(config, run, claim)
+    homes = ranks.gather(checkpoints.memory.home())
+    checkpoints.keeps_memory = homes.index(homes[ranks.rank]) == ranks.rank
     return Trainer(
         config,
         ranks,
@@ -108,7 +111,7 @@ def build_trainer(
             )
             for split, other in others.items()
         },
-        build_checkpoints(config, run, claim),
+        checkpoints,
         Observer(config, run, phases, speaks=ranks.is_first, world_size=ranks.world_size),
         Replicas(task, ranks),
         stop_request or StopRequest(ranks.place),

@@ -199,12 +199,12 @@ class Trainer:
         self.replicas.compare(self.done)
         self.replicas.settle()
         numbers = self.step.numbers()
-        if self.ranks.place.local_rank == 0:
+        if self.checkpoints.keeps_memory:
             self.checkpoints.save(self.state(self.done, numbers), durable=self.ranks.is_first)
 
     def snapshot(self) -> None:
         """Keep the state in memory that outlives the process; one rank of a node does."""
-        if self.ranks.place.local_rank == 0:
+        if self.checkpoints.keeps_memory:
             pulse.enter("snapshot")
             with self.clock.paused():
                 numbers = self.step.numbers(alone=True)

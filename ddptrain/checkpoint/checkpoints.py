@@ -115,6 +115,7 @@ class Checkpoints:
         self.differences = differences
         self.writer = Writer(memory, store, self._prune)
         self.unsaved: CheckpointError | None = None
+        self.keeps_memory = True  # False where another rank keeps the memory that this one shares
         self.index: dict[int, dict[str, float]] | None = None
 
     def save(self, state: State, durable: bool) -> None:

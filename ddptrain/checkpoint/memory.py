@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,14 @@ class Mapped:
         return {"bytes": len(self.bytes), "sha256": sha256(self.bytes).hexdigest()}
 
 
+def _boot() -> str:
+    """What tells this machine, since it was started, from all others."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
 def _is_abandoned(folder: Path) -> bool:
     """Whether the run whose snapshots these are is gone, over, or was left for a week."""
     try:
@@ -131,6 +140,15 @@ class Memory:
         self.roots = list(roots)
         self.progress = Progress(self.roots[0])
         self._use(0)
+
+    def home(self) -> str:
+        """Which memory it is: the same for all processes that share it, and for no others.
+
+        Not the name of the host, for containers have memories of their own, and not the local rank,
+        for what a launcher calls two nodes may be one machine.
+        """
+        there = next(path for path in self.roots[0].parents if path.is_dir())
+        return f"{_boot()} {there.stat().st_dev}"
 
     def _use(self, tier: int) -> None:
         self.tier = tier

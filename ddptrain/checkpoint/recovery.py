@@ -76,7 +76,7 @@ def ranked(offers: list[Offer]) -> list[Offer]:
 
 def _offers(checkpoints: Checkpoints, ranks: Ranks) -> list[Offer]:
     stores: list[tuple[int, Store]] = []
-    if ranks.place.local_rank == 0:
+    if checkpoints.keeps_memory:
         stores += list(enumerate(checkpoints.memory.stores))
     if ranks.is_first:
         stores.append((DURABLE, checkpoints.store))

@@ -62,11 +62,11 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
         log = next(Path(run.logs).glob(f"rank-{rank}.*"), run.logs)
         code = print_failure(error, f"its log: {log}")
         now = progress.read()
-        left = allowed if now > before else left - 1
+        left = allowed if now > before else left
         was_raised = now <= first and failure.exitcode > 0
-        if code != EXIT_FAILED or left < 0 or _is_hopeless(run, was_raised):
+        if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
             return code
-        before = now
+        before, left = now, left - 1
         print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
 
 

@@ -133,19 +133,19 @@ class Attempt:
         )
         self.trainer = trainer
         self.stop_request.rescue = self.rescue
-        memory = trainer.checkpoints.memory
-        if self.place.local_rank == 0:
-            memory.sign(self.run.path, self.run.identity.read_text())
+        checkpoints = trainer.checkpoints
+        if checkpoints.keeps_memory:
+            checkpoints.memory.sign(self.run.path, self.run.identity.read_text())
         phases.mark("building")
         trainer.train()
-        if self.place.local_rank == 0:
-            memory.forget()
         if self.ranks.is_first:
             result = self.result("completed")
             write_result(self.run, result)
             say(summarise(self.run, result, _example(trainer.task)))
         self.ranks.barrier()
         self.stop_request.rescue = None
+        if checkpoints.keeps_memory:
+            checkpoints.memory.forget()
         if self.watchdog is not None:
             self.watchdog.end()
 

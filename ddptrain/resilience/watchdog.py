@@ -13,34 +13,25 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ddptrain import pulse
 from ddptrain.place import Place
+from ddptrain.resilience.board import Board, Messenger
 from ddptrain.resilience.flight import unfinished
 from ddptrain.resilience.processes import born, is_gone, kill_if_stopped
 from ddptrain.resilience.verdict import Sign, explain, idle_seconds
 
 POLL_SECONDS = 1.0
+PARTING_SECONDS = 2.0
+"""So long the last message of a rank may take."""
 GONE_SECONDS = 3.0
 """So long a rank that waits for one that has ended may take to notice by itself."""
 LAST_RESORT_SECONDS = 30.0
-STACK_SECONDS = 1.5
+STACK_SECONDS = 2.0
 """So long the rank that reports waits for what the others were doing."""
 
 logger = logging.getLogger(__name__)
-
-
-class Board(Protocol):
-    """Where ranks leave messages: torch's store, through a connection of the watchdog's own."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def add(self, key: str, amount: int) -> int: ...
-
-    def check(self, keys: list[str]) -> bool: ...
-
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
 
 
 class Watchdog:
@@ -58,13 +49,10 @@ class Watchdog:
         leave: Callable[[str, bool], None],
     ) -> None:
         self.place = place
-        self.board = board
+        self.messenger = Messenger(board, place.rank, place.world_size)
         self.hang_seconds = hang_seconds
         self.leave = leave
         self.ended = threading.Event()
-        self.others_are_there = False
-        self.number = 0
-        self.heard: dict[int, tuple[bytes, float, dict[str, Any]]] = {}
         self.gone_since: dict[int, float] = {}
         self.own: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -74,6 +62,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
+        self.messenger.start()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def end(self) -> None:
@@ -82,16 +71,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.ended.wait(POLL_SECONDS):
-            try:
-                self._look()
-            except Exception as error:  # the store has gone with its agent, which ends us as well
-                logger.debug("watchdog: %s", error)
-        self._publish(finished=True)
+            self._look()
+        self.messenger.end(self._told(finished=True), PARTING_SECONDS)
 
     def _look(self) -> None:
-        self._publish()
+        self.messenger.say(self._told())
         signs = self._signs()
-        if self._alarm_was_raised() or idle_seconds(signs) > self.hang_seconds:
+        if self.messenger.alarm or idle_seconds(signs) > self.hang_seconds:
             self._raise_alarm()
         elif (gone := self._gone(signs)) is not None:
             mine = signs[self.place.rank]
@@ -102,15 +88,8 @@ class Watchdog:
                 False,
             )
 
-    def _publish(self, finished: bool = False, stack: str = "") -> None:
-        if self.board is None:
-            return
-        self.number += 1
-        sign = asdict(self._own_sign(finished, stack))
-        try:
-            self.board.set(_key(self.place.rank), json.dumps({**sign, "number": self.number}))
-        except Exception as error:
-            logger.debug("watchdog: %s", error)
+    def _told(self, finished: bool = False, stack: str = "") -> str:
+        return json.dumps(asdict(self._own_sign(finished, stack)))
 
     def _own_sign(self, finished: bool = False, stack: str = "") -> Sign:
         beat = pulse.now
@@ -122,22 +101,14 @@ class Watchdog:
     def _signs(self) -> list[Sign]:
         """What is known of every rank, in order; this one knows best of itself."""
         now = time.monotonic()
-        if self.board is not None:
-            keys = [_key(rank) for rank in range(self.place.world_size)]
-            self.others_are_there = self.others_are_there or self.board.check(keys)
-            texts = self.board.multi_get(keys) if self.others_are_there else []
-            for rank, text in enumerate(texts):
-                if rank not in self.heard or self.heard[rank][0] != text:
-                    told = json.loads(text)
-                    del told["number"]
-                    self.heard[rank] = text, now, told
+        heard = dict(self.messenger.heard)
         signs = []
         for rank in range(self.place.world_size):
             if rank == self.place.rank:
                 signs.append(self._own_sign())
-            elif rank in self.heard:
-                _, when, told = self.heard[rank]
-                sign = Sign(**told)
+            elif rank in heard:
+                text, when = heard[rank]
+                sign = Sign(**json.loads(text.partition(" ")[2]))
                 signs.append(replace(sign, idle=sign.idle + now - when, silent=now - when))
             else:
                 signs.append(Sign(rank, pulse.START_UP, -1, 0.0))
@@ -157,18 +128,13 @@ class Watchdog:
                 return sign.rank
         return None
 
-    def _alarm_was_raised(self) -> bool:
-        return self.board is not None and self.board.check([ALARM])
-
     def _raise_alarm(self) -> None:
         """Report, end whoever is stopped, and leave; every rank that can does so."""
         faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True)
         stack = self._write_stacks()
-        if self.board is not None:
-            self.board.set(ALARM, "1")
-        self._publish(stack=stack)
-        speaks = self.board is None or self.board.add(SPEAKERS, 1) == 1
-        time.sleep(STACK_SECONDS)
+        until = time.monotonic() + STACK_SECONDS
+        speaks = self.messenger.raise_alarm(self._told(stack=stack), STACK_SECONDS)
+        time.sleep(max(0.0, until - time.monotonic()))
         known = [s if s.rank != self.place.rank else replace(s, stack=stack) for s in self._signs()]
         for sign in known:
             if sign.host == self.own["host"] and sign.pid:
@@ -189,11 +155,3 @@ class Watchdog:
             logger.debug("thread %s:\n%s", names.get(ident, ident), lines)
         own = traceback.extract_stack(frames[main]) if main in frames else []
         return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
-
-
-ALARM = "alarm"
-SPEAKERS = "speakers"
-
-
-def _key(rank: int) -> str:
-    return f"rank-{rank}"

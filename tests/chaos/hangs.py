@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from signal import SIGSTOP
 
 from chaos.faults import Signal, any_rank
 from chaos.operator import Context, Fault
-from ddptrain.config import ResilienceConfig
 
-WATCHED = any(field.name == "hang_seconds" for field in fields(ResilienceConfig))
-"""Whether this version notices a hang."""
-UNWATCHED = "resilience.hang_seconds: there is no such key, so nobody ends a hang"
-OVERRIDES = ("resilience.hang_seconds=5",) if WATCHED else ()
+OVERRIDES = ("resilience.hang_seconds=5",)
 
 
 @dataclass(frozen=True)
@@ -28,4 +24,3 @@ class Sleep:
 
 
 ALL: list[Fault] = [Signal("SIGSTOP of a rank", SIGSTOP, any_rank), Sleep()]
-HANGS: list[Fault] = ALL if WATCHED else []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from chaos.damage import DAMAGE
 from chaos.faults import KILLS, LOADING, STOPS
-from chaos.hangs import HANGS
+from chaos.hangs import ALL as HANGS
 from chaos.operator import Fault
 
 KINDS: list[Fault] = [*KILLS, *STOPS, *DAMAGE, *LOADING, *HANGS]

@@ -40,7 +40,6 @@ def test_a_killed_loading_worker(tmp_path: Path) -> None:
     tell(story(Setting(tmp_path, steps=40, workers=1), (LOADING[0], 9)))
 
 
-@pytest.mark.skipif(not hangs.WATCHED, reason=hangs.UNWATCHED)
 @pytest.mark.parametrize("fault", hangs.ALL, ids=lambda fault: fault.name)
 def test_a_hang_is_ended(fault: Fault, tmp_path: Path) -> None:
     setting = Setting(tmp_path, steps=40, workers=1, overrides=hangs.OVERRIDES)
@@ -75,7 +74,6 @@ def test_a_link_that_is_cut_for_a_while(tmp_path: Path) -> None:
         tell(story(setting, (network.Cut(5.0), 13)))
 
 
-@pytest.mark.skipif(not hangs.WATCHED, reason=hangs.UNWATCHED)
 def test_a_link_that_is_cut_for_good(tmp_path: Path) -> None:
     unless(network.unavailable())
     setting = network.TwoNodes(tmp_path, steps=40, overrides=hangs.OVERRIDES)
