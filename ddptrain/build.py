@@ -23,7 +23,7 @@ from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.store import Store
 from ddptrain.compose import flatten, to_plain
-from ddptrain.config import Config, Direction, Precision, TrainConfig
+from ddptrain.config import Config, Direction, Precision, Remedy, TrainConfig
 from ddptrain.config import Reduction as ReductionChoice
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
@@ -37,6 +37,7 @@ from ddptrain.loop import Trainer
 from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
 from ddptrain.optim.build import build_optimizer
+from ddptrain.optim.guard import Guard, Spikes
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.origin import versions
 from ddptrain.parallel.ddp import DataParallel
@@ -46,6 +47,7 @@ from ddptrain.parallel.reduction import Mean, Reduction
 from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.preemption import StopRequest
 from ddptrain.run_directory import RunDirectory, changes, computed
+from ddptrain.setbacks import Setbacks
 from ddptrain.step import Step
 from ddptrain.tasks.task import Task
 from ddptrain.trust import check_objects
@@ -66,11 +68,6 @@ def build_trainer(
     train = config.train
     source = build_source(config, "train", whole=False)
     plan = source.plan
-    if plan.samples < train.global_batch_size:
-        raise Refused(
-            f"{source.label} has {plan.samples} samples, fewer than train.global_batch_size="
-            f"{train.global_batch_size}: make the batch smaller, or the data set larger"
-        )
     splits = [split for split in ("val", "test") if getattr(config.data, split) is not None]
     others = {split: build_source(config, split) for split in splits}
     sizes = {s.label: f"{s.plan.samples} samples" for s in (source, *others.values())}
@@ -89,13 +86,11 @@ def build_trainer(
         ranks,
         total_steps=total_steps,
         max_norm=train.grad_clip.max_norm,
-        nonfinite=train.nonfinite,
+        guard=build_guard(train, ranks.device),
         loss_scale=loss_scale,
         fingerprints=Fingerprints(task, plan, ranks, config.log.fingerprint_every, total_steps),
     )
-    checkpoints = build_checkpoints(config, run, claim)
-    homes = ranks.gather(checkpoints.memory.home())
-    checkpoints.keeps_memory = homes.index(homes[ranks.rank]) == ranks.rank
+    observer = Observer(config, run, phases, speaks=ranks.is_first, world_size=ranks.world_size)
     return Trainer(
         config,
         ranks,
@@ -111,10 +106,12 @@ def build_trainer(
             )
             for split, other in others.items()
         },
-        checkpoints,
-        Observer(config, run, phases, speaks=ranks.is_first, world_size=ranks.world_size),
+        build_checkpoints(config, run, ranks, claim),
+        observer,
         Replicas(task, ranks),
+        Setbacks(train, step, source, ranks, observer),
         stop_request or StopRequest(ranks.place),
+        partial(build_task, config, ranks.device),
         total_steps,
     )
 
@@ -178,6 +175,11 @@ def build_source(config: Config, split: str, whole: bool = True) -> Source:
         raise Refused(f"{label}: it is empty")
     if not whole:
         train = config.train
+        if samples < train.global_batch_size:
+            raise Refused(
+                f"{label} has {samples} samples, fewer than train.global_batch_size="
+                f"{train.global_batch_size}: make the batch smaller, or the data set larger"
+            )
         sizes = (train.global_batch_size, train.micro_batch_size)
         return Source(split, dataset, Plan(samples, *sizes, config.seed, config.data.shuffle))
     size = config.eval.micro_batch_size or config.train.micro_batch_size
@@ -207,7 +209,24 @@ def build_strategy(
     return DataParallel(ranks, config.parallel.bucket_mb, reduction)
 
 
-def build_checkpoints(config: Config, run: RunDirectory, claim: Claim | None = None) -> Checkpoints:
+def build_guard(train: TrainConfig, device: torch.device) -> Guard:
+    """Build what decides in each step whether it may change the weights."""
+    action = train.spike.action
+    spikes = None
+    if action is not None:
+        halts = action is not Remedy.skip
+        spikes = Spikes(device, train.spike.deviations, train.spike.window, halts)
+    return Guard(
+        device,
+        halts=train.nonfinite is not Remedy.skip,
+        stops=train.nonfinite is Remedy.stop and action in (None, Remedy.stop),
+        spikes=spikes,
+    )
+
+
+def build_checkpoints(
+    config: Config, run: RunDirectory, ranks: Ranks | None = None, claim: Claim | None = None
+) -> Checkpoints:
     """Build the store of a run's checkpoints and the rule by which they are kept."""
     keep = config.checkpoint
     retention = Retention(keep.keep_last, keep.keep_best, keep.mode is Direction.max)
@@ -226,7 +245,11 @@ def build_checkpoints(config: Config, run: RunDirectory, claim: Claim | None = N
         return changes({k: stored[k] for k in both}, {k: own[k] for k in both})
 
     memory = Memory(run.memories())
-    return Checkpoints(store, memory, retention, keep.metric, facts, differences)
+    checkpoints = Checkpoints(store, memory, retention, keep.metric, facts, differences)
+    if ranks is not None:
+        homes = ranks.gather(memory.home())
+        checkpoints.keeps_memory = homes.index(homes[ranks.rank]) == ranks.rank
+    return checkpoints
 
 
 def build_autocast(precision: Precision, device: torch.device) -> Autocast:

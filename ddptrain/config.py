@@ -30,9 +30,10 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
-class NonFinite(Enum):
+class Remedy(Enum):
     stop = "stop"
     skip = "skip"
+    rewind = "rewind"
 
 
 class Device(Enum):
@@ -68,6 +69,13 @@ class GradClipConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SpikeConfig:
+    action: Remedy | None = MISSING
+    deviations: float = MISSING
+    window: int = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     max_steps: int | None = MISSING
     max_epochs: int | None = MISSING
@@ -75,7 +83,9 @@ class TrainConfig:
     micro_batch_size: int = MISSING
     precision: Precision = MISSING
     grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
-    nonfinite: NonFinite = MISSING
+    nonfinite: Remedy = MISSING
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    rewind_every_steps: int = MISSING
     compile: bool = MISSING
     device: Device = MISSING
 
@@ -181,6 +191,9 @@ def _check_sizes(config: Config) -> None:
         "train.global_batch_size": train.global_batch_size,
         "train.micro_batch_size": train.micro_batch_size,
         "train.grad_clip.max_norm": train.grad_clip.max_norm,
+        "train.spike.deviations": train.spike.deviations,
+        "train.spike.window": train.spike.window,
+        "train.rewind_every_steps": train.rewind_every_steps,
         "eval.every_steps": config.eval.every_steps,
         "eval.micro_batch_size": config.eval.micro_batch_size,
         "log.every_steps": config.log.every_steps,

@@ -39,7 +39,14 @@ class NonFiniteError(TrainingError):
 
 
 class DivergenceError(TrainingError):
-    """Replicas that must be equal are not; the message names the ranks and the first tensor."""
+    """Replicas that must be equal are not; the message names the ranks and the first tensor.
+
+    ``step`` is the number of steps after which they were compared.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class CheckpointError(TrainingError):

@@ -1,7 +1,8 @@
-"""Brings a number of each step to the host without waiting for the device."""
+"""Brings numbers of each step to the host without waiting for the device."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -12,35 +13,41 @@ STEPS = 2
 
 
 class Lagging:
-    """A scalar a step, read on the host: at once on the CPU, ``STEPS`` later on a GPU.
+    """A few numbers a step, read on the host: at once on the CPU, ``STEPS`` later on a GPU.
 
     So much later on every rank, whatever the ranks' speeds, so that they may act on it alike.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, size: int) -> None:
         self.on_gpu = device.type == "cuda"
-        self.count = 0
-        self.newest = torch.zeros(())
+        self.pending: deque[tuple[int, Tensor, Any]] = deque()
+        self.slots: deque[tuple[Tensor, Any]] = deque()
         if self.on_gpu:
-            self.hosts = [torch.zeros((), pin_memory=True) for _ in range(STEPS + 1)]
             event: Any = torch.cuda.Event
-            self.copied = [event() for _ in range(STEPS + 1)]
+            for _ in range(STEPS + 1):
+                self.slots.append((torch.zeros(size, pin_memory=True), event()))
 
-    def put(self, number: Tensor) -> None:
-        """Take the number of this step."""
-        self.newest = number
+    def put(self, step: int, numbers: Tensor) -> None:
+        """Take the numbers of ``step``."""
+        copied: Any = None
         if self.on_gpu:
-            place = self.count % (STEPS + 1)
-            self.hosts[place].copy_(number.detach(), non_blocking=True)
-            self.copied[place].record()
-        self.count += 1
+            host, copied = self.slots[0]
+            self.slots.rotate(-1)
+            host.copy_(numbers.detach(), non_blocking=True)
+            copied.record()
+            numbers = host
+        self.pending.append((step, numbers, copied))
 
-    def take(self) -> float:
-        """The newest number that every rank has; 0 if there is none yet."""
-        if not self.on_gpu:
-            return self.newest.item()
-        if self.count <= STEPS:
-            return 0.0
-        place = self.count % (STEPS + 1)  # the oldest
-        self.copied[place].synchronize()
-        return self.hosts[place].item()
+    def take(self, wait: bool) -> list[tuple[int, list[float]]]:
+        """The numbers by step that every rank has by now; with ``wait``, of all steps so far."""
+        arrived = []
+        while self.pending and (wait or len(self.pending) > (STEPS if self.on_gpu else 0)):
+            step, numbers, copied = self.pending.popleft()
+            if copied is not None:
+                copied.synchronize()
+            arrived.append((step, numbers.tolist()))
+        return arrived
+
+    def forget(self) -> None:
+        """Drop what has not been taken: those steps are taken again."""
+        self.pending.clear()

@@ -90,6 +90,10 @@ class RunDirectory:
         return [shared / f"ddptrain-{os.getuid()}" / name, beside]
 
     @property
+    def anomalies(self) -> Path:
+        return self.path / "anomalies.jsonl"
+
+    @property
     def identity(self) -> Path:
         return self.path / ".identity"
 

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from ddptrain import pulse
 from ddptrain.account import Accounted, add_logs, means
-from ddptrain.config import NonFinite
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.lagging import Lagging
+from ddptrain.optim.guard import Guard, Verdict
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Schedule
 from ddptrain.parallel.buffers import Buffers
@@ -46,7 +46,7 @@ class Step:
         *,
         total_steps: int,
         max_norm: float | None,
-        nonfinite: NonFinite,
+        guard: Guard,
         loss_scale: LossScale | None,
         fingerprints: Fingerprints,
     ) -> None:
@@ -60,7 +60,7 @@ class Step:
         self.ranks = ranks
         self.total_steps = total_steps
         self.max_norm = max_norm
-        self.nonfinite = nonfinite
+        self.guard = guard
         self.loss_scale = loss_scale
         self.fingerprints = fingerprints
         self.names = [n for n, p in module.task.named_parameters() if p.requires_grad]
@@ -68,14 +68,14 @@ class Step:
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.told_faint: set[str] = set()
-        self.faults = torch.zeros((), device=ranks.device)
+        self.rewinds = 0
         self.norm = torch.zeros((), device=ranks.device)
         self.current: MicroBatch | None = None
         self.taken = torch.zeros((), dtype=torch.int64, device=ranks.device)
         # Who holds it finds the run between two updates, in whatever thread: see Trainer.rescue.
         self.gate = threading.Lock()
         self.is_updating = False
-        self.stops = Lagging(ranks.device)
+        self.verdicts = Lagging(ranks.device, 5)
         self.buffers = Buffers(module.task, ranks, self.reduction)
         # DDP lays its buckets out anew after its first backward, and where a number lies in a
         # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
@@ -103,14 +103,12 @@ class Step:
         if (stray := self.buffers.arrive(len(self.plan.micro_batches(step)))) is not None:
             bad = bad | stray
             hopeless = stray if hopeless is None else hopeless | stray
-        self.stops.put(account[3])
         pulse.enter(pulse.UPDATE)
         with self.gate:
             self.is_updating = True
             self.norm = norm
             self._follow_schedule(step)
-            self._record(account[:3], bad)
-            self._update(self._must_skip(bad, hopeless))
+            self._update(self._judge(step, account, bad, hopeless))
             self.taken += 1
             self.is_updating = False
 
@@ -169,21 +167,19 @@ class Step:
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * rate
 
-    def _record(self, account: Tensor, bad: Tensor) -> None:
-        """Add the step to the window of the next log line."""
+    def _judge(self, step: int, account: Tensor, bad: Tensor, hopeless: Tensor | None) -> Tensor:
+        """1 if the weights are to be left alone in this step, else 0; record it for the log."""
+        recorded, fault = account[:3], bad
         if self.loss_scale is not None:
-            account = account / self.loss_scale.value
-        self.module.window.end_step(account, bad)
-
-    def _must_skip(self, bad: Tensor, hopeless: Tensor | None) -> Tensor:
-        """1 if the weights are to be left alone, else 0: after a fault that stops, for good."""
-        fault = bad if self.loss_scale is None else self.loss_scale.update(bad, hopeless)
-        if self.nonfinite is NonFinite.skip:
-            self.faults += fault
-            return bad.float()
-        stopped = (self.faults + fault > 0).float()
-        self.faults += stopped
-        return stopped if self.loss_scale is None else stopped.maximum(bad.float())
+            recorded = recorded / self.loss_scale.value
+            fault = self.loss_scale.update(bad, hopeless)
+        loss = account[1] / account[0]
+        guard = self.guard
+        skip = guard.judge(loss, bad, fault)
+        self.module.window.end_step(recorded, skip)
+        told = [account[3], guard.kind, loss, guard.limit, guard.in_a_row]
+        self.verdicts.put(step, torch.stack(told))
+        return skip.float()
 
     def _update(self, skip: Tensor) -> None:
         if self.skips_on_device:
@@ -198,13 +194,17 @@ class Step:
         for parameter in self.module.parameters():
             parameter.grad = None
 
-    def stop_is_agreed(self, wanted: bool) -> bool:
-        """Whether some rank wanted to stop in this step or, on a GPU, in one shortly before it.
+    def heard(self, wants_stop: bool, wait: bool) -> list[Verdict]:
+        """What is known by now of the steps since the last call, the same on every rank.
 
-        The same on every rank; what a rank wants counts from the next step on.
+        On a GPU that is two steps behind, unless the host is to ``wait`` for it. ``wants_stop``
+        is this rank's wish; it counts from the next step on.
         """
-        self.module.wants_stop = wanted
-        return self.stops.take() > 0
+        self.module.wants_stop = wants_stop
+        return [
+            Verdict(step, wish > 0, int(kind), loss, limit, int(row))
+            for step, (wish, kind, loss, limit, row) in self.verdicts.take(wait)
+        ]
 
     def finished(self) -> int:
         """The steps that are finished and count.
@@ -212,21 +212,15 @@ class Step:
         On a GPU the count is the device's, which may be behind this process; a step that a
         collective keeps from ever ending is not among them.
         """
-        faults = 0 if self.nonfinite is NonFinite.skip else int(self.faults.item())
-        return int(self.taken.item()) - faults
-
-    def first_fault(self, steps: int) -> int | None:
-        """After ``steps`` steps: the one whose numbers were not finite, if that stops the run."""
-        faults = int(self.faults.item())
-        return steps - faults if faults and self.nonfinite is NonFinite.stop else None
+        return int(self.taken.item()) - int(self.guard.halted.item())
 
     def read(self) -> dict[str, float]:
         """Return what the window holds, over all ranks; every rank must call it."""
         self._tell_faint()
         window = self.module.window
         scale = self.norm if self.loss_scale is None else self.loss_scale.value
-        numbers = torch.stack([*window.account, self.norm, self.faults, scale]).tolist()
-        count, total, told, norm, faults, scale_now = numbers
+        numbers = [*window.account, self.norm, self.guard.skipped, scale]
+        count, total, told, norm, skipped, scale_now = torch.stack(numbers).tolist()
         scalars = {
             "loss": total / count if count else float("nan"),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -234,8 +228,10 @@ class Step:
         }
         if told:
             scalars |= means(add_logs(self.ranks.gather(window.logs())))
-        if faults:
-            scalars["skipped_steps"] = faults
+        if skipped:
+            scalars["skipped_steps"] = skipped
+        if self.rewinds:
+            scalars["rewinds"] = self.rewinds
         if self.loss_scale is not None:
             scalars["loss_scale"] = scale_now
         return scalars
@@ -261,20 +257,19 @@ class Step:
         it, for a curve that does not show where a run was stopped; alone, of what tasks log, this
         rank's share.
         """
-        skipping = self.nonfinite is NonFinite.skip
         window = self.module.window
         account = window.account.tolist()
         logs = window.logs(alone) if account[2] else {}
         if account[2] and not alone:
             logs = add_logs(self.ranks.gather(logs))
         numbers = {
-            "skipped_steps": self.faults.item() if skipping else 0.0,
+            "guard": self.guard.numbers(),
+            "rewinds": self.rewinds,
             "window": {"account": account, "logs": logs},
             "grad_norm": self.norm.item(),
         }
         if self.loss_scale is not None:
-            numbers["loss_scale"] = self.loss_scale.value.item()
-            numbers["finite_steps"] = self.loss_scale.finite_steps.item()
+            numbers |= self.loss_scale.numbers()
         return numbers
 
     def load_numbers(self, numbers: dict[str, Any]) -> None:
@@ -282,9 +277,21 @@ class Step:
         self._follow_schedule(max(0, int(self.taken) - 1))
         norm = numbers.get("grad_norm", 0.0)
         self.norm = torch.tensor(norm, dtype=torch.float64, device=self.ranks.device)
-        self.faults.fill_(numbers["skipped_steps"])
         window = numbers["window"]
         self.module.window.load(window["account"], window["logs"] if self.ranks.is_first else {})
-        if self.loss_scale is not None and "loss_scale" in numbers:
-            self.loss_scale.value.fill_(numbers["loss_scale"])
-            self.loss_scale.finite_steps.fill_(numbers["finite_steps"])
+        self.rewinds = numbers["rewinds"]
+        self.guard.load(numbers["guard"])
+        if self.loss_scale is not None:
+            self.loss_scale.load(numbers)
+        self.verdicts.forget()
+
+    def rewind(self, numbers: dict[str, Any], done: int) -> None:
+        """Go on after ``done`` steps with the ``numbers`` of an earlier one; the log goes on."""
+        row, skipped = self.guard.in_a_row.clone(), self.guard.skipped.clone()
+        self.guard.load(numbers["guard"])
+        self.guard.in_a_row, self.guard.skipped = row, skipped
+        if self.loss_scale is not None:
+            self.loss_scale.load(numbers)
+        self.taken.fill_(done)
+        self.rewinds += 1
+        self.verdicts.forget()

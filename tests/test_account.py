@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddptrain.account import RESERVED, Accounted, Window, add_logs, means
-from ddptrain.config import NonFinite
 from ddptrain.data.plan import Plan
 from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.launch.worker import TIMEOUT
+from ddptrain.optim.guard import Guard
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Constant
 from ddptrain.parallel.ddp import DataParallel
@@ -181,7 +181,7 @@ def make_step(
     plan: Plan,
     *,
     max_norm: float | None = None,
-    nonfinite: NonFinite = NonFinite.stop,
+    skips: bool = False,
     loss_scale: LossScale | None = None,
 ) -> Step:
     """A step of plain descent with rate 1: the weights move by the gradient, negated."""
@@ -195,7 +195,7 @@ def make_step(
         ranks,
         total_steps=100,
         max_norm=max_norm,
-        nonfinite=nonfinite,
+        guard=Guard(CPU, halts=not skips, stops=not skips),
         loss_scale=loss_scale,
         fingerprints=Fingerprints(task, plan, ranks, None, 100),
     )
@@ -300,16 +300,16 @@ def test_the_log_line_has_the_means_since_the_last_one() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-@pytest.mark.parametrize("nonfinite", [NonFinite.stop, NonFinite.skip])
+@pytest.mark.parametrize("skips", [False, True])
 def test_a_step_in_which_nothing_counts_never_makes_the_weights_nan(
-    max_norm: float | None, nonfinite: NonFinite
+    max_norm: float | None, skips: bool
 ) -> None:
     """Every token of the global batch is padding: the mean over none is 0 / 0."""
     plan = Plan(8, 4, 2, shuffled=False)
     tokens, _ = data(4, seed=0)
     task = Ragged()
     before = flat(task.parameters())
-    step = make_step(task, plan, max_norm=max_norm, nonfinite=nonfinite)
+    step = make_step(task, plan, max_norm=max_norm, skips=skips)
     step(0, iter([(tokens[:2], torch.zeros(2)), (tokens[2:], torch.zeros(2))]))
     assert torch.equal(flat(task.parameters()), before)
 
@@ -330,7 +330,7 @@ def test_a_step_that_is_skipped_leaves_no_trace_in_the_log_line(value: float) ->
     batch = data(12, seed=2)
     batch[0][5, 0, 0] = value  # in the second of three steps
     task = Ragged(logs_name="again")
-    step = make_step(task, plan, nonfinite=NonFinite.skip)
+    step = make_step(task, plan, skips=True)
     step.base_rates = [0.0]
     before = flat(task.parameters())
     for s in range(3):

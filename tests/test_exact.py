@@ -226,7 +226,7 @@ def test_a_number_out_of_range_stops_a_run_whatever_the_loss_scale(
     trainer.step(0, trainer.fetcher.steps(0, 1, 0, 1))
     trainer.done = 1
     with pytest.raises(NonFiniteError, match=r"the loss reaches .* exact sums take.*by 2\*\*-\d"):
-        trainer.stop_if_not_finite()
+        trainer.heed(wait=True)
 
 
 def test_a_buffer_out_of_range_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_a_buffer_out_of_range_stops_a_run(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(
         NonFiniteError, match=r"the move of buffer model\.norm\.running_var reaches"
     ):
-        trainer.stop_if_not_finite()
+        trainer.heed(wait=True)
     after = trainer.task.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

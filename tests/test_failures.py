@@ -41,7 +41,8 @@ def project(tmp_path: Path) -> Path:
             r"the loss reaches [\d.e+]+, beyond the 5\.73e\+09 that exact sums take",
         ),
         (
-            "task.culprit=1 task.flip_at=20 parallel.check_every_steps=2 launch.nproc_per_node=3",
+            "task.culprit=1 task.flip_at=20 task.flips_on=true parallel.check_every_steps=2 "
+            "launch.nproc_per_node=3",
             r"^rank [012] .*: after step 6: rank 1 holds other weights than the 2 others, first",
         ),
         ("task.in_place=true", r"RuntimeError: .* modified by an inplace operation"),

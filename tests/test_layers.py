@@ -50,17 +50,19 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": GROUND,
     "account": GROUND | {"tasks"},
     "fingerprints": GROUND | PARTS,
-    "step": GROUND | PARTS | {"account", "config", "fingerprints"},
+    "step": GROUND | PARTS | {"account", "fingerprints"},
     "evaluate": GROUND | PARTS | {"account", "config"},
     # Called by the loop, and import none of it.
     "checkpoint": GROUND | {"state", "parallel"},
     "observe": PLAIN,
     "resilience": GROUND | {"data", "parallel", "tasks", "account"},
-    "loop": PLAIN | PARTS
-    | {"step", "fingerprints", "evaluate", "checkpoint", "observe", "resilience"},
+    "setbacks": PLAIN | PARTS | {"step", "checkpoint", "observe", "resilience"},
+    "run": PLAIN | PARTS
+    | {"step", "fingerprints", "evaluate", "checkpoint", "observe", "resilience", "setbacks"},
+    "loop": PLAIN | PARTS | {"run"},
     "build": PLAIN | PARTS
     | {"models", "account", "fingerprints", "step", "evaluate", "checkpoint", "observe",
-       "resilience", "loop"},
+       "resilience", "setbacks", "run", "loop"},
     "launch": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "loop", "build"},
     "verify": PLAIN | PARTS

@@ -96,7 +96,7 @@ def test_fp16_overflow_lowers_the_scale_and_spares_the_weights(build: Build) -> 
     after = take_steps(trainer, 1)
     assert torch.equal(before, after)
     assert trainer.step.loss_scale.value.item() == 2.0**23
-    assert trainer.step.first_fault(1) is None
+    assert trainer.step.finished() == 1
     assert not torch.equal(take_steps(trainer, 20), before)
 
 
@@ -118,10 +118,10 @@ def test_fault_leaves_the_state_of_the_step_before_it(
     assert torch.equal(take_steps(faulty, 12), take_steps(clean, bad))
     for name, buffer in clean.task.named_buffers():
         assert torch.equal(faulty.task.get_buffer(name), buffer), name
-    assert faulty.step.first_fault(12) == bad
+    assert faulty.step.finished() == bad
     faulty.done = 12
     with pytest.raises(NonFiniteError, match="samples 17;"):
-        faulty.stop_if_not_finite()
+        faulty.heed(wait=True)
 
 
 def test_momentum_is_zero_after_a_first_step_that_is_skipped(build: Build) -> None:

@@ -179,6 +179,9 @@ class Memory:
         slot.busy = True
         try:
             self._open(slot)
+            for name in slot.files.keys() - state.files.keys():
+                del slot.files[name]
+                (slot.folder / name).unlink()
             reach("memory: taken")
             for name, tensors in state.files.items():
                 self._fill(slot, name, tensors)
@@ -261,6 +264,16 @@ class Memory:
         for other in root.parent.iterdir():
             if other != root and _is_abandoned(other):
                 shutil.rmtree(other, ignore_errors=True)
+
+    def discard(self, after: int) -> None:
+        """Delete the snapshots of steps later than ``after``, which turned out to be wrong."""
+        for slot in self.slots:
+            if slot.step is not None and slot.step > after:
+                self._drop(slot)
+        for store in self.stores:
+            for step in store.steps():
+                if step > after:
+                    store.delete(step)
 
     def forget(self) -> None:
         """Delete all of it: the run needs it no more."""

@@ -85,6 +85,8 @@ def run_rank(
         attempt.trainer = None
         gc.collect()
         ranks.leave()
+        if attempt.watchdog is not None and not attempt.watchdog.has_ended():
+            leave_now(EXIT_COMPLETED)
     except BaseException as error:
         code = attempt.fail(error, errors_on_screen)
         if place.world_size > 1:

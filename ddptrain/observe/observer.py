@@ -39,6 +39,7 @@ class Observer:
         self.loggers: list[Logger] = []
         self.board: TensorBoard | None = None
         self.fingerprints: JsonLines | None = None
+        self.anomalies: JsonLines | None = None
         self.resumed_at = 0
         self.told: set[str] = set()
         self.said: set[str] = set()
@@ -74,6 +75,8 @@ class Observer:
             text = yaml.safe_dump(to_plain(self.config), sort_keys=False)
             self.board = TensorBoard(self.run.tensorboard, resumed_at, text)
             self.loggers.append(self.board)
+        if self.run.anomalies.exists():
+            self.anomalies = JsonLines(self.run.anomalies, resumed_at - 1)
         self.screen = open_screen(total_steps, resumed_at)
         self.loggers.append(self.screen)
 
@@ -131,6 +134,23 @@ class Observer:
             with self._surviving(self.fingerprints):
                 self.fingerprints.write(record)
 
+    def anomaly(self, line: dict[str, Any]) -> None:
+        """Note that something was wrong with the step that ``line`` names."""
+        if self.speaks:
+            if self.anomalies is None:
+                self.anomalies = JsonLines(self.run.anomalies, line["step"])
+            with self._surviving(self.anomalies):
+                self.anomalies.write(line)
+
+    def divergence(self, step: int, report: str) -> None:
+        """Tell that the replicas went back to what they were after ``step`` steps."""
+        if self.speaks:
+            report += f"; all ranks go on from the state after {step} steps, when they were equal"
+            logger.warning("%s", report)
+            self.anomaly(
+                {"step": step, "fault": "divergence", "action": "rewind", "report": report}
+            )
+
     def finish(self, step: int, metrics: Scalars, best: Scalars) -> None:
         """Write the run's row for TensorBoard's HPARAMS tab, and close everything."""
         if self.board is not None:
@@ -148,9 +168,10 @@ class Observer:
             except Exception:
                 logger.exception("%s could not be closed", type(each).__name__)
         self.loggers = []
-        if self.fingerprints is not None:
-            self.fingerprints.close()
-            self.fingerprints = None
+        for file in (self.fingerprints, self.anomalies):
+            if file is not None:
+                file.close()
+        self.fingerprints = self.anomalies = None
 
 
 class History:

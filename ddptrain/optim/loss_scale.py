@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,13 @@ class LossScale:
         factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
         self.value.mul_(factor).clamp_(SMALLEST, LARGEST)
         return fault
+
+    def numbers(self) -> dict[str, Any]:
+        """What the next steps are scaled by."""
+        return {"loss_scale": self.value.item(), "finite_steps": self.finite_steps.item()}
+
+    def load(self, numbers: dict[str, Any]) -> None:
+        """Put back what ``numbers`` returned, if it is there."""
+        if "loss_scale" in numbers:
+            self.value.fill_(numbers["loss_scale"])
+            self.finite_steps.fill_(numbers["finite_steps"])

@@ -48,27 +48,29 @@ class Messenger:
         self.hurry = threading.Event()
         self.changed = threading.Condition()
         self.ended = False
+        self.thread = threading.Thread(target=self._work, name="messenger", daemon=True)
 
     def start(self) -> None:
         """Begin to exchange messages, if there is anybody to exchange them with."""
         if self.board is None:
             self.ended, self.may_speak = True, True
             return
-        threading.Thread(target=self._work, name="messenger", daemon=True).start()
+        self.thread.start()
 
     def say(self, text: str) -> None:
         """Tell the others ``text``, from the next exchange on."""
         self.own = text
 
-    def end(self, text: str, seconds: float) -> None:
-        """Tell the others a last ``text``; wait for it to arrive, but not longer than that."""
-        if self.ended:
-            return
+    def end(self, text: str) -> None:
+        """Tell the others a last ``text``."""
         self.own, self.ended = text, True
-        number = self.number
         self.hurry.set()
-        with self.changed:
-            self.changed.wait_for(lambda: self.number > number, seconds)
+
+    def has_ended(self, seconds: float) -> bool:
+        """Whether the last message has left, within ``seconds`` from now."""
+        if self.thread.is_alive():
+            self.thread.join(seconds)
+        return not self.thread.is_alive()
 
     def raise_alarm(self, text: str, seconds: float) -> bool:
         """Alarm the others; return whether this rank is the one that speaks for all.
@@ -82,7 +84,9 @@ class Messenger:
         return self.may_speak is not False
 
     def _work(self) -> None:
-        while True:
+        ending = False
+        while not ending:
+            ending = self.ended
             try:
                 self._exchange()
             except Exception as error:  # the store has gone with its agent, which ends us as well
@@ -90,10 +94,9 @@ class Messenger:
                 time.sleep(POLL_SECONDS)
             with self.changed:
                 self.changed.notify_all()
-            if self.ended:
-                return
-            self.hurry.wait(ALARMED_SECONDS if self.alarm else POLL_SECONDS)
-            self.hurry.clear()
+            if not ending:
+                self.hurry.wait(ALARMED_SECONDS if self.alarm else POLL_SECONDS)
+                self.hurry.clear()
 
     def _exchange(self) -> None:
         assert self.board is not None

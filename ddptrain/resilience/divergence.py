@@ -23,12 +23,16 @@ class Replicas:
         self.task = task
         self.ranks = ranks
         self.pending: tuple[int, Tensor, dist.Work] | None = None
+        self.agreed = 0
+        """The last step after which the replicas are known to have been equal."""
 
     def compare(self, step: int) -> None:
         """Begin to compare the weights after ``step`` steps; every rank must call it.
 
         Raises ``DivergenceError`` if the comparison before this one found a difference.
         """
+        if self.pending is not None and self.pending[0] == step:
+            return
         self.settle()
         if self.ranks.world_size == 1:
             return
@@ -47,7 +51,12 @@ class Replicas:
         work.wait()
         of_ranks = [tuple(row) for row in gathered.view(self.ranks.world_size, -1).tolist()]
         if len(set(of_ranks)) > 1:
-            raise DivergenceError(describe(step, of_ranks, list(self._named())))
+            raise DivergenceError(describe(step, of_ranks, list(self._named())), step)
+        self.agreed = step
+
+    def restart(self, done: int) -> None:
+        """All ranks have just been given the same state, that after ``done`` steps."""
+        self.pending, self.agreed = None, done
 
     def _named(self) -> dict[str, Tensor]:
         return {**dict(self.task.named_parameters()), **dict(self.task.named_buffers())}
@@ -66,8 +75,7 @@ def describe(step: int, of_ranks: list[tuple[int, ...]], names: list[str]) -> st
         who = f"{_ranks(list(range(len(of_ranks))))} different weights"
     return (
         f"after step {step}: {who}, first in {first}; replicas must stay equal, so suspect that "
-        "machine's memory or GPU, or code that changes weights outside of the optimiser; every "
-        "checkpoint was compared before it was written: start again to go on from the last one"
+        "machine's memory or GPU, or code that changes weights outside of the optimiser"
     )
 
 

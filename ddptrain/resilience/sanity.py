@@ -1,4 +1,4 @@
-"""Finds which samples made a loss or gradient NaN or infinite, by taking the step again."""
+"""Finds which samples made a loss too large, or a number infinite, by taking the step again."""
 
 from __future__ import annotations
 
@@ -71,6 +71,36 @@ def explain(step: int, module: Accounted, source: Source, ranks: Ranks, buffers:
         told += f"; and {others} more micro-batches" if others > 0 else ""
     advice = _advice([culprit.fault for culprit in found], buffers.reduction)
     return f"{where}: {told}{f'; {advice}' if advice else ''}"
+
+
+def explain_spike(
+    step: int, limit: float, module: Accounted, source: Source, ranks: Ranks, buffers: Buffers
+) -> str:
+    """Name the micro-batches of ``step`` whose mean loss is above ``limit``, or the worst one.
+
+    Every rank must call it. The weights must be those before the step.
+    """
+    mine: list[tuple[float, Culprit]] = []
+    for micro_batch in source.plan.micro_batches(step, ranks.rank, ranks.world_size):
+        indices = source.plan.indices(micro_batch).tolist()
+        batch = to_device(source.of_indices(indices, micro_batch), ranks.device)
+        key_generators(source.plan.forward_key(micro_batch), ranks.device)
+        buffers.begin()
+        with torch.no_grad(), module.autocast():
+            loss = module.task(batch)
+        buffers.largest_moves()
+        count = float(loss.count)
+        mean = float(loss.sum) / count if count else 0.0
+        fault = Fault(f"a mean loss of {mean:.4g}")
+        mine.append((mean, Culprit(micro_batch.index, ranks.rank, fault, indices)))
+    found = sorted(
+        (known for of_rank in ranks.gather(mine) for known in of_rank),
+        key=lambda known: (-known[0], known[1].micro_batch),
+    )
+    above = [culprit for mean, culprit in found if mean > limit] or [found[0][1]]
+    where = f"step {step} of data.{source.name} ({type(source.dataset).__name__})"
+    more = f"; and {len(above) - SHOWN} more micro-batches" if len(above) > SHOWN else ""
+    return f"{where}: {'; '.join(map(str, above[:SHOWN]))}{more}"
 
 
 def _advice(faults: list[Fault], reduction: Reduction) -> str:

@@ -53,6 +53,7 @@ class Watchdog:
         self.hang_seconds = hang_seconds
         self.leave = leave
         self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.gone_since: dict[int, float] = {}
         self.own: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -63,16 +64,21 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self.messenger.start()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self.thread.start()
 
     def end(self) -> None:
         """Watch no more: the rank has finished, or is about to leave by itself."""
         self.ended.set()
 
+    def has_ended(self) -> bool:
+        """Whether its threads are gone: Python must not end while one of them uses a store."""
+        self.thread.join(PARTING_SECONDS)
+        return not self.thread.is_alive() and self.messenger.has_ended(PARTING_SECONDS)
+
     def _watch(self) -> None:
         while not self.ended.wait(POLL_SECONDS):
             self._look()
-        self.messenger.end(self._told(finished=True), PARTING_SECONDS)
+        self.messenger.end(self._told(finished=True))
 
     def _look(self) -> None:
         self.messenger.say(self._told())

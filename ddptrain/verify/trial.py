@@ -129,6 +129,7 @@ def _take_steps(
     batches = trainer.fetcher.steps(outcome.first, outcome.last, ranks.rank, ranks.world_size)
     traced = recorder.training(step, batches)
     gradients = Gradients(trial.is_reference, trial.reloads, recorder, step, folder)
+    trainer.setbacks.restore(None, trainer.state(outcome.first))
     for number in range(outcome.first, outcome.last):
         if number and (trial.reloads or number == outcome.first):
             _restore(trainer, number)
@@ -136,7 +137,7 @@ def _take_steps(
         gradients.expect(number)
         step(number, traced)
         trainer.done = number + 1
-        trainer.stop_if_not_finite()
+        trainer.heed(wait=True)
         outcome.states[number + 1] = _state(trainer)
         if trial.is_reference:
             trainer.checkpoints.save(trainer.state(number + 1, step.numbers()), durable=True)

@@ -43,6 +43,7 @@ class Sentences(Dataset[dict[str, Tensor]]):
         fail_at: int | None = None,
         odd_at: int | None = None,
         infinite_at: int | None = None,
+        loud_at: int | None = None,
         uneven: bool = False,
         sleep_at: int | None = None,
         once: str | None = None,
@@ -63,6 +64,8 @@ class Sentences(Dataset[dict[str, Tensor]]):
         self.once = once
         if infinite_at is not None:
             self.tokens[infinite_at] = float("inf")
+        if loud_at is not None:
+            self.tokens[loud_at] *= 1e4
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,7 +127,8 @@ class Tagging(Task):
     """Cross-entropy over the tokens that are not padding; can be told to fail.
 
     ``flip_at``, ``kill_at`` and ``raise_at`` are forwards of rank ``culprit``, counted from the
-    process's start; a kill happens only before the file ``once`` exists, which it makes.
+    process's start; a kill happens only before the file ``once`` exists, which it makes; with
+    ``flips_on`` all later forwards flip a bit as well.
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class Tagging(Task):
         double: bool = False,
         in_place: bool = False,
         flip_at: int | None = None,
+        flips_on: bool = False,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -147,6 +152,7 @@ class Tagging(Task):
         self.once = once
         self.in_place = in_place
         self.flip_at = flip_at
+        self.flips_on = flips_on
         self.scale = scale
         self.forwards = 0
 
@@ -156,7 +162,10 @@ class Tagging(Task):
             raise KeyError("a bug in user code")
         if self.is_culprit and self.forwards == self.kill_at and is_first(self.once):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.is_culprit and self.forwards == self.flip_at:
+        flips = self.forwards == self.flip_at or (
+            self.flips_on and self.flip_at is not None and self.forwards > self.flip_at
+        )
+        if self.is_culprit and flips:
             bits = next(self.parameters()).data.view(torch.int32)
             bits[0] ^= 1  # a bad memory cell
         target = batch["target"]

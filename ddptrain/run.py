@@ -1,0 +1,188 @@
+"""A run as it stands: its parts, what it has done, and how that is saved and brought back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddptrain import pulse
+from ddptrain.checkpoint.checkpoints import MODEL, Checkpoints, capture
+from ddptrain.checkpoint.progress import Progress
+from ddptrain.checkpoint.recovery import recover
+from ddptrain.config import Config
+from ddptrain.data.fetch import Fetcher
+from ddptrain.errors import DivergenceError
+from ddptrain.evaluate import Evaluation
+from ddptrain.fingerprints import Record
+from ddptrain.observe.clock import StepClock
+from ddptrain.observe.observer import Observer
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.resilience.divergence import Replicas
+from ddptrain.resilience.preemption import StopRequest
+from ddptrain.setbacks import Setbacks
+from ddptrain.state import State, load_model, load_optimizer, model_tensors
+from ddptrain.step import Step
+from ddptrain.tasks.task import Batch, Task
+
+DIVERGENCES = 3
+"""How often a run sets replicas right: after that a machine is at fault, not a stray particle."""
+
+
+@dataclass
+class Run:
+    """The parts of a run by name, and what it has done."""
+
+    config: Config
+    ranks: Ranks
+    task: Task
+    fetcher: Fetcher
+    step: Step
+    evaluations: dict[str, Evaluation]
+    checkpoints: Checkpoints
+    observer: Observer
+    replicas: Replicas
+    setbacks: Setbacks
+    stop_request: StopRequest
+    rebuild: Callable[[], Task]
+    total_steps: int
+    started_at: int = 0
+    done: int = 0  # optimiser steps; with weights and optimiser state, all the state there is
+    logged: int = 0
+    metric_is_known: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)  # of evaluations at this very step
+    line: dict[str, float] = field(default_factory=dict)  # that was logged after this very step
+    record: Record | None = None  # its fingerprint
+    clock: StepClock = field(default_factory=StepClock)
+    is_warm: bool = False
+    beginning: State | None = None
+    diverged: list[int] = field(default_factory=list)  # after which steps replicas differed
+    batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+
+    @property
+    def progress(self) -> Progress:
+        return self.checkpoints.memory.progress
+
+    def advance(self, done: int) -> None:
+        self.metrics, self.line = {}, {}
+        self.done = done
+        self.observer.at(done)
+        self.progress.mark(done)
+
+    def restore(self) -> int:
+        """Load the newest whole checkpoint, if there is one; return the steps already done."""
+        saved = recover(self.checkpoints, self.ranks)
+        if self.beginning is None:
+            self.beginning = self.state(0)
+        if saved is None and self.done:
+            self.begin_anew(self.beginning)
+        if saved is not None:
+            self.done = saved.step
+            saved.put_back(self.task, self.step.optimizer)
+            self.step.taken.fill_(self.done)
+            self.step.load_numbers(saved.manifest["step_numbers"])
+            self.metrics = saved.manifest["metrics"]
+            self.line = saved.manifest.get("line", {})
+            self.record = saved.manifest.get("record")
+        self.logged = self.done
+        self.started_at = self.done
+        self.replicas.restart(self.done)
+        self.setbacks.restore(saved, self.state(self.done))
+        self.observer.open(self.done, self.total_steps, self.progress.read())
+        if self.ranks.is_first:
+            self.progress.open()
+            self.progress.mark(self.done)  # or the next start counts again what this one lost
+        self.tell()
+        if self.config.log.fingerprint_every is not None:
+            self.observer.begin_fingerprints(self.step.fingerprints.header(self.done), self.record)
+        return self.done
+
+    def begin_anew(self, beginning: State) -> None:
+        """Be again as before the first step: what the config says."""
+        self.done = 0
+        self.record = None
+        self.metrics, self.line = {}, {}
+        load_model(self.task, model_tensors(self.rebuild()))
+        numbers = beginning.numbers
+        load_optimizer(self.task, self.step.optimizer, {}, numbers["optimizer_numbers"])
+        self.step.taken.zero_()
+        self.step.load_numbers(numbers["step_numbers"])
+
+    def set_right(self, error: DivergenceError) -> None:
+        """Go back to where the replicas were last known to be equal, all of them from one state.
+
+        Steps taken since then may have had a part of the wrong weights in their gradients. Raises
+        ``error`` if it comes again.
+        """
+        self.checkpoints.settle()
+        if self.checkpoints.keeps_memory:
+            self.checkpoints.memory.discard(self.replicas.agreed)
+        self.diverged.append(error.step)
+        if len(self.diverged) > DIVERGENCES or self.diverged.count(error.step) > 1:
+            raise error
+        self.ranks.barrier()  # nobody reads what another rank is about to delete
+        self.observer.close()
+        self.restore()
+        self.observer.divergence(self.done, str(error))
+
+    def tell(self) -> None:
+        """Write down what is known of the step that the run goes on from, if nobody has."""
+        if self.line:
+            self.observer.log(self.done, "train", self.line)
+        for split in self.evaluations:
+            if metrics := self.metrics_of(split):
+                self.observer.log(self.done, split, metrics)
+
+    def metrics_of(self, split: str) -> dict[str, float]:
+        """The metrics of an evaluation at this very step, if there was one."""
+        prefix = f"{split}/"
+        return {n[len(prefix) :]: v for n, v in self.metrics.items() if n.startswith(prefix)}
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, with the metrics of evaluations at this step."""
+        with self.clock.paused():
+            self.write()
+
+    def write(self) -> None:
+        """Begin to write the checkpoint, once the replicas are known to be equal."""
+        pulse.enter("checkpoint")
+        self.replicas.compare(self.done)
+        self.replicas.settle()
+        numbers = self.step.numbers()
+        if self.checkpoints.keeps_memory:
+            state = self.setbacks.with_anchor(self.state(self.done, numbers))
+            self.checkpoints.save(state, durable=self.ranks.is_first)
+
+    def snapshot(self) -> None:
+        """Keep the state in memory that outlives the process; one rank of a node does."""
+        if self.checkpoints.keeps_memory:
+            pulse.enter("snapshot")
+            with self.clock.paused():
+                state = self.setbacks.with_anchor(self.state(self.done))
+                self.checkpoints.save(state, durable=False)
+
+    def state(self, done: int, numbers: dict[str, Any] | None = None) -> State:
+        numbers = self.step.numbers(alone=True) if numbers is None else numbers
+        told = self.metrics, self.line, self.record
+        return capture(done, self.task, self.step.optimizer, numbers, *told)
+
+    def rescue(self, until: float, durable: bool) -> str | None:
+        """Save the last finished step before ``until``, in whichever thread finds it necessary.
+
+        For a rank that ends afterwards: its main thread, if it still runs, takes no further step.
+        Returns where it is, None if there is nothing to save.
+        """
+        if not self.step.gate.acquire(timeout=max(0.0, until - time.monotonic())):
+            return None
+        done = self.step.finished()
+        if self.step.is_updating or done == 0:
+            return None
+        if done != self.done:
+            self.metrics, self.line = {}, {}
+            self.record = self.step.fingerprints.take(done - 1)
+        state = self.setbacks.with_anchor(self.state(done))
+        model = state.files[MODEL]
+        before = self.step.buffers.before_step()
+        model.update({name: before[name] for name in model.keys() & before.keys()})
+        return self.checkpoints.rescue(state, until, durable)
