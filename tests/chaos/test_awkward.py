@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -30,33 +31,35 @@ def unless(reason: str | None) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("in_memory", [False, True], ids=["directory", "memory"])
-def test_a_damaged_checkpoint_is_passed_over(in_memory: bool, tmp_path: Path) -> None:
-    damage = [d for d in DAMAGE if d.name.endswith("in memory") == in_memory]
-    tell(story(Setting(tmp_path, steps=60), *((each, 16) for each in damage)))
+def plain(folder: Path, **more: Any) -> Setting:
+    """The same run for most stories, so that it is trained undisturbed but once."""
+    return Setting(folder, steps=50, workers=1, **more)
 
 
-def test_a_killed_loading_worker(tmp_path: Path) -> None:
-    tell(story(Setting(tmp_path, steps=40, workers=1), (LOADING[0], 9)))
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    """One in memory and two in the run directory, each of another kind, and a killed worker."""
+    truncated, _, deleted, _, flipped, _ = DAMAGE
+    faults = [(truncated, 12), (flipped, 12), (deleted, 12), (LOADING[0], 4)]
+    tell(story(plain(tmp_path), *faults))
 
 
 @pytest.mark.parametrize("fault", hangs.ALL, ids=lambda fault: fault.name)
 def test_a_hang_is_ended(fault: Fault, tmp_path: Path) -> None:
-    setting = Setting(tmp_path, steps=40, workers=1, overrides=hangs.OVERRIDES)
+    setting = plain(tmp_path, overrides=hangs.OVERRIDES)
     tell(story(setting, (fault, 9)))
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     unless(machine.disk_unavailable())
-    setting = Setting(tmp_path, steps=60)
+    setting = plain(tmp_path)
     with machine.small_disk(setting.run, mebibytes=8):
-        tell(story(setting, (machine.Full(seconds=10.0), 18)))
+        tell(story(setting, (machine.Full(seconds=6.0), 18)))
 
 
 def test_a_clock_that_jumps_an_hour(tmp_path: Path) -> None:
     unless(machine.clock_unavailable())
     variables = machine.own_clock(tmp_path / "clock")
-    setting = Setting(tmp_path, steps=60, variables=variables)
+    setting = plain(tmp_path, variables=variables)
     later, earlier = machine.Jump(3600), machine.Jump(-3600)
     tell(story(setting, (later, 9), (KILL_ALL, 7), (earlier, 9), (KILL_ALL, 7)))
 
@@ -64,18 +67,18 @@ def test_a_clock_that_jumps_an_hour(tmp_path: Path) -> None:
 def test_a_rank_that_takes_all_memory(tmp_path: Path) -> None:
     unless(machine.memory_unavailable())
     with machine.small_memory() as group:
-        tell(story(Setting(tmp_path, steps=40), (machine.OutOfMemory(group), 13)))
+        tell(story(plain(tmp_path), (machine.OutOfMemory(group), 13)))
 
 
 def test_a_link_that_is_cut_for_a_while(tmp_path: Path) -> None:
     unless(network.unavailable())
-    setting = network.TwoNodes(tmp_path, steps=40)
+    setting = network.TwoNodes(tmp_path, steps=50, workers=1)
     with setting.network():
         tell(story(setting, (network.Cut(5.0), 13)))
 
 
 def test_a_link_that_is_cut_for_good(tmp_path: Path) -> None:
     unless(network.unavailable())
-    setting = network.TwoNodes(tmp_path, steps=40, overrides=hangs.OVERRIDES)
+    setting = network.TwoNodes(tmp_path, steps=50, workers=1, overrides=hangs.OVERRIDES)
     with setting.network():
         tell(story(setting, (network.Cut(None), 13)))

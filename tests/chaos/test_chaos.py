@@ -16,8 +16,8 @@ SEED = 20261124
 
 
 def test_a_run_survives_what_comes(tmp_path: Path) -> None:
-    faults = Random(SEED).sample([*KILLS, *STOPS], 8)
-    tell(at_random(faults, Setting(tmp_path, steps=80, workers=1), SEED))
+    faults = Random(SEED).sample([*KILLS, *STOPS], 6)
+    tell(at_random(faults, Setting(tmp_path, steps=50, workers=1), SEED))
 
 
 def test_a_restart_that_changes_the_weights_a_little_is_noticed(tmp_path: Path) -> None:
