@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +16,25 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 
+def form_group() -> None:
+    """Form the process group; after a restart, on keys of its own in the agent's store.
+
+    Without that torch 2.13 often reads the addresses of the ranks that have died, and waits 30 s.
+    """
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt == "0":
+        dist.init_process_group("gloo")
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prefixed = dist.PrefixStore(attempt, store)
+    dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world_size)
+
+
 def hand(case: str) -> None:
     """A hand-tuned DDP loop with nothing in it but training: no logging, no checks."""
-    dist.init_process_group("gloo")
+    form_group()
     model = nn.parallel.DistributedDataParallel(
         Timed(case), gradient_as_bucket_view=True, static_graph=True
     )

@@ -86,6 +86,7 @@ def test_snapshots_that_turned_out_wrong_are_gone_and_their_place_is_used_again(
     assert memory.store.steps() == [10, 20]
 
 
-def test_a_memory_is_told_by_its_device_and_not_by_the_run(tmp_path: Path) -> None:
-    assert Memory([tmp_path / "a" / "b"]).home() == Memory([tmp_path / "c"]).home()
-    assert Memory([tmp_path / "a"]).home() != Memory([Path("/proc/none")]).home()
+def test_runs_that_share_a_memory_are_told_from_those_that_do_not(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert Memory([one / "run"]).home() == Memory([one / "another"]).home()
+    assert Memory([one / "run"]).home() != Memory([other / "run"]).home()

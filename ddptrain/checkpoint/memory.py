@@ -147,8 +147,13 @@ class Memory:
         Not the name of the host, for containers have memories of their own, and not the local rank,
         for what a launcher calls two nodes may be one machine.
         """
-        there = next(path for path in self.roots[0].parents if path.is_dir())
-        return f"{_boot()} {there.stat().st_dev}"
+        shared = self.roots[0].parent
+        try:
+            shared.mkdir(parents=True, exist_ok=True, mode=0o700)
+            there = shared.stat()
+        except OSError:  # told when the first snapshot is taken
+            return _boot()
+        return f"{_boot()} {there.st_dev} {there.st_ino}"
 
     def _use(self, tier: int) -> None:
         self.tier = tier

@@ -167,7 +167,7 @@ class Tagging(Task):
         )
         if self.is_culprit and flips:
             bits = next(self.parameters()).data.view(torch.int32)
-            bits[0] ^= 1  # a bad memory cell
+            bits[0] += 1  # a bad memory cell
         target = batch["target"]
         logits = self.model(batch["tokens"])
         total = functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
