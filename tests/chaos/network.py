@@ -72,7 +72,7 @@ class TwoNodes(Setting):
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.address(0)}:{PORT}",
             f"--rdzv-id={self.mark}",
-            f"--rdzv-conf=is_host={int(node == 0)},join_timeout=20,read_timeout=10",
+            f"--rdzv-conf=is_host={int(node == 0)},join_timeout=10,read_timeout=10",
             f"--local-addr={self.address(node)}",
         ]
         interface = ["env", f"GLOO_SOCKET_IFNAME={space}"]

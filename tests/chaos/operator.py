@@ -23,7 +23,7 @@ from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, EXIT_STOPPED
 POLL_SECONDS = 0.005
 STALL_SECONDS = 120.0
 """A run that begins no step and starts no rank for so long hangs."""
-STRAGGLER_SECONDS = 20.0
+STRAGGLER_SECONDS = 10.0
 """How long the agent of one node may outlive that of another."""
 
 
