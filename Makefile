@@ -12,7 +12,7 @@ train: .venv/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m ddptrain experiment=digits $(ARGS)
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

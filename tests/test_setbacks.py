@@ -154,8 +154,9 @@ def test_a_spike_can_be_passed_over_or_stop_the_run(tmp_path: Path) -> None:
     assert metrics[-2]["skipped_steps"] == len(found)
     assert skipped["status"] == "completed"
     stop = [*DDPTRAIN, "train", *options, "train.spike.action=stop"]
-    finished = run([*stop, f"run.dir={tmp_path / 'stop'}", "launch.nproc_per_node=1"], PROJECT)
+    finished = run([*stop, f"run.dir={tmp_path / 'stop'}", "launch.nproc_per_node=2"], PROJECT)
     assert finished.returncode == 1
+    assert len(read_json_lines(tmp_path / "stop" / "attempts.jsonl")) == 1
     last = finished.stderr.strip().splitlines()[-1]
     assert f"step {found[0]['step']} of data.train (Sentences): a mean loss of" in last
     assert "train.spike.action=skip passes over such steps" in last

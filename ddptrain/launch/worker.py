@@ -187,14 +187,15 @@ class Attempt:
             context = _where(self.trainer, error)
             if not isinstance(error, Stopped):
                 with contextlib.suppress(Exception):
-                    self.note(f"{context}{summary(error)}", not is_of_peer(error))
+                    is_final = isinstance(error, NonFiniteError)
+                    self.note(f"{context}{summary(error)}", not is_of_peer(error), is_final)
             if self.place.rank == 0 and self.run is not None:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 with contextlib.suppress(Exception):
                     write_result(self.run, self.result(status))
         return exit_with(error, self.place, context, on_screen, self.stop_request.heard)
 
-    def note(self, why: str, is_cause: bool) -> None:
+    def note(self, why: str, is_cause: bool, is_final: bool = False) -> None:
         """Put on record in which step this rank failed."""
         if self.run is None or self.claim is None or self.trainer is None:
             return
@@ -202,7 +203,8 @@ class Attempt:
         done = self.trainer.done
         finished = done - self.trainer.started_at
         rank = self.place.rank
-        Crashes(self.run.crashes).add(self.claim.token, rank, done, finished, is_cause, why)
+        crashes = Crashes(self.run.crashes)
+        crashes.add(self.claim.token, rank, done, finished, is_cause, why, is_final)
 
     def result(self, status: str) -> dict[str, Any]:
         """What goes into ``result.json``."""

@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Crash:
-    """How one rank ended. ``is_cause`` is False for a rank that only lost another one."""
+    """How one rank ended. ``is_cause`` is False for a rank that only lost another one.
+
+    ``is_final`` says that a new start would come to the same end: the config decides it.
+    """
 
     launch: str
     start: str
@@ -31,6 +34,7 @@ class Crash:
     is_cause: bool
     error: str
     time: float
+    is_final: bool = False
 
 
 class Crashes:
@@ -41,10 +45,18 @@ class Crashes:
         self.launch = next((os.environ[name] for name in LAUNCHES if name in os.environ), "")
 
     def add(
-        self, start: str, rank: int, step: int, finished: int, is_cause: bool, error: str
+        self,
+        start: str,
+        rank: int,
+        step: int,
+        finished: int,
+        is_cause: bool,
+        error: str,
+        is_final: bool = False,
     ) -> None:
         """Note that ``rank`` failed in ``step``, after ``finished`` steps of this start."""
-        crash = Crash(self.launch, start, rank, step, finished, is_cause, error, time.time())
+        now = time.time()
+        crash = Crash(self.launch, start, rank, step, finished, is_cause, error, now, is_final)
         with self.file.open("a") as stream:
             stream.write(json.dumps(asdict(crash)) + "\n")
 
@@ -64,8 +76,15 @@ class Crashes:
         return list(first.values())
 
     def refuse_loop(self) -> None:
-        """Raise ``TrainingError`` if the last ``TIMES`` starts of this launch failed alike."""
+        """Raise ``TrainingError`` if the last ``TIMES`` starts of this launch failed alike.
+
+        Or if the last one failed for good.
+        """
         last = self.of_launch()[-TIMES:]
+        if last and last[-1].is_final:
+            raise TrainingError(
+                f"it would fail again, so this run is not started again by itself: {last[-1].error}"
+            )
         if len(last) < TIMES or len({crash.step for crash in last}) > 1:
             return
         told = next((crash for crash in reversed(last) if crash.is_cause), last[-1])

@@ -76,8 +76,16 @@ class Cluster:
     def requeue(self, job: int) -> None:
         """Stop the job and have it run again at once, not after Slurm's pause of two minutes."""
         self._call("scontrol", "requeue", str(job))
+        self.hasten(job)
+
+    def hasten(self, job: int) -> None:
+        """Wait until a job is requeued, and spare it Slurm's pause of two minutes."""
         wait_until(lambda: self.state(job) == "PENDING", f"job {job} to stop", self._trouble)
         self._call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def signal(self, job: int, name: str) -> None:
+        """Send a signal to the steps of a job, as Slurm does before a time limit."""
+        self._call("scancel", f"--signal={name}", str(job))
 
     @property
     def _socket(self) -> Path:

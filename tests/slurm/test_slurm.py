@@ -72,3 +72,15 @@ def test_a_requeued_job_continues_its_run(slurm: Cluster, tmp_path: Path) -> Non
     assert output.count("step 5/100  loss") == 1, output
     assert result["step"] == 100
     assert result["restarts"] == 1
+
+
+def test_a_job_whose_time_is_up_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
+    """SIGTERM to its step, which Slurm sends two minutes before the time limit."""
+    job = submit(slurm, tmp_path, 2, "train.max_steps=100")
+    metrics = tmp_path / "runs" / f"slurm-{job}" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first line")
+    slurm.signal(job, "TERM")
+    slurm.hasten(job)
+    output, result = finish(slurm, job, tmp_path)
+    assert "stopped after step" in output
+    assert (result["step"], result["restarts"], result["lost_steps"]) == (100, 1, 0)
