@@ -99,8 +99,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
         pytest.param(UNDER_TORCHRUN, signal_agent(signal.SIGTERM), 1, id="SIGTERM to torchrun"),
         pytest.param(UNDER_TORCHRUN, signal_agent(signal.SIGKILL), -9, id="torchrun is killed"),
         pytest.param(LAUNCHED, signal_rank(0, signal.SIGUSR2), 75, id="SIGUSR2 to one rank"),
-        pytest.param(LAUNCHED, signal_agent(signal.SIGUSR1), 75, id="SIGUSR1 to the launcher"),
-        pytest.param(LAUNCHED, signal_all(signal.SIGTERM), 75, id="SIGTERM to everything"),
         pytest.param(LAUNCHED, signal_all(signal.SIGINT), 75, id="Ctrl-C"),
     ],
 )

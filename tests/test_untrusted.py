@@ -45,7 +45,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     for name in ("trap.py", "loose/deep/trap.py"):
         (tmp_path / name).write_text(text)
+    finders = [f for f in sys.meta_path if type(f).__name__ == "DistutilsMetaFinder"]
     yield tmp_path
+    for finder in finders:  # once asked for pip, setuptools' own could not be imported any more
+        vars(finder).clear()
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]

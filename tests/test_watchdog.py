@@ -162,7 +162,7 @@ def test_a_data_set_that_sleeps_is_named_and_the_run_goes_on(tmp_path: Path, exp
 
 def test_a_long_evaluation_raises_no_alarm(tmp_path: Path) -> None:
     """Longer than the limit as a whole, though none of its micro-batches is."""
-    slow = ["data.val.seconds=1", "eval.every_steps=30", "resilience.hang_seconds=8"]
+    slow = ["data.val.seconds=0.5", "eval.every_steps=30", "resilience.hang_seconds=4"]
     launcher = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "launch.max_restarts=0"]
     finished = run([*launcher, *SHORT, *slow, f"run.dir={tmp_path / 'run'}"])
     assert finished.returncode == 0, finished.stderr

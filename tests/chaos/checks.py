@@ -51,8 +51,9 @@ def outcome(run: Path, steps: int) -> Outcome:
 
 @cache
 def undisturbed(ranks: int, steps: int, workers: int, overrides: tuple[str, ...]) -> Outcome:
-    """The same run without a fault."""
-    setting = Setting(Path(mkdtemp(prefix="calm-")), ranks, steps, workers, overrides=overrides)
+    """The same run without a fault, and without the sleep that gives faults time to come."""
+    awake = (*overrides, "task.seconds=0")
+    setting = Setting(Path(mkdtemp(prefix="calm-")), ranks, steps, workers, overrides=awake)
     agents = setting.start(setting.folder / "start.txt")
     for agent in agents:
         if agent.wait():
