@@ -53,5 +53,9 @@ class CheckpointError(TrainingError):
     """No checkpoint can be loaded, or one cannot be written."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint was read, and is not what was written; it will not get better."""
+
+
 class PeerFailed(TrainingError):
     """This rank is fine, but another one has left; that one's error is the one to show."""

@@ -90,3 +90,12 @@ def test_runs_that_share_a_memory_are_told_from_those_that_do_not(tmp_path: Path
     one, other = tmp_path / "one", tmp_path / "other"
     assert Memory([one / "run"]).home() == Memory([one / "another"]).home()
     assert Memory([one / "run"]).home() != Memory([other / "run"]).home()
+
+
+def test_a_manifest_that_cannot_be_read_contradicts_nobody() -> None:
+    unreadable = Offer(812, 0, DURABLE, "run/step-812", ())
+    assert ranked([unreadable, offer(800, 0), offer(812, 0)]) == [
+        offer(812, 0),
+        unreadable,
+        offer(800, 0),
+    ]

@@ -469,6 +469,16 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_deleted(tmp_path: Path) -> 
     kept.store.verify(10)
 
 
+def test_a_checkpoint_whose_manifest_is_spoilt_goes_with_the_next_one(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path, keep_last=3)
+    save(kept, 10)
+    save(kept, 20)
+    manifest = folder(kept, 10) / MANIFEST
+    manifest.write_text(manifest.read_text()[:-200])
+    save(kept, 30)
+    assert kept.store.steps() == [20, 30]
+
+
 def test_a_config_with_keys_that_json_changes_is_kept_whole(tmp_path: Path) -> None:
     """YAML has integer keys and JSON has not, and their order differs: 2 < 10 but "10" < "2"."""
     names = {"names": {2: "cat", 10: "dog"}, "range": (0, 1)}

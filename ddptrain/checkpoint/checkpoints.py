@@ -18,7 +18,7 @@ from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Entry, Retention
 from ddptrain.checkpoint.store import Store
 from ddptrain.checkpoint.writer import Job, Writer
-from ddptrain.errors import CheckpointError, TrainingError
+from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import (
     State,
     Tensors,
@@ -185,7 +185,10 @@ class Checkpoints:
         """Delete what need not be kept, now that the checkpoint of ``step`` is durable."""
         # One that cannot be read now is not deleted: its disk may be back tomorrow. Nor is a later
         # one: it was passed over when this attempt began, and is written again when its step comes.
-        stored = self._stored()
+        stored, damaged = self._stored()
+        for other in damaged:
+            if other < step:
+                self.store.delete(other)
         entries = [self._entry(s, metrics) for s, metrics in stored.items() if s <= step]
         for other in {e.step for e in entries} - self.retention.keep(entries) - {step}:
             self.store.delete(other)
@@ -261,19 +264,25 @@ class Checkpoints:
         From an index: a step does not wait for a store that may be far away.
         """
         if self.index is None:
-            self.index = self._stored()
+            self.index, _ = self._stored()
         job = self.writer.pending()
         return self.index if job is None else {**self.index, job.step: job.manifest["metrics"]}
 
-    def _stored(self) -> dict[int, dict[str, float]]:
-        """The metrics by step of the checkpoints that can be read; warns of the others."""
+    def _stored(self) -> tuple[dict[int, dict[str, float]], list[int]]:
+        """The metrics by step of the checkpoints that can be read, and which are damaged.
+
+        Warns of those that cannot be read, whether they ever will be.
+        """
         found = {}
+        damaged = []
         for step in self.store.steps():
             try:
                 found[step] = dict(self.store.manifest(step)["metrics"])
             except CheckpointError as error:
                 logger.warning("passing over a checkpoint: %s", error)
-        return found
+                if isinstance(error, DamagedError):
+                    damaged.append(step)
+        return found, damaged
 
 
 def _refusal(file: str, content: bytes, error: Exception) -> CheckpointError:

@@ -51,9 +51,10 @@ def recover(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
 def ranked(offers: list[Offer]) -> list[Offer]:
     """The offers in the order in which to try them.
 
-    Newest first; those that others contradict, with no majority, last of all.
+    Newest first; those that others contradict, with no majority, last of all. What has no digest,
+    its manifest being unreadable, contradicts nobody.
     """
-    votes = Counter((offer.step, offer.digest) for offer in offers)
+    votes = Counter((offer.step, offer.digest) for offer in offers if offer.digest)
     agreed: list[Offer] = []
     doubtful: list[Offer] = []
     for step in sorted({offer.step for offer in offers}, reverse=True):
@@ -63,13 +64,14 @@ def ranked(offers: list[Offer]) -> list[Offer]:
             key=lambda o: (-votes[o.step, o.digest], o.tier == DURABLE, o.rank, o.tier),
         )
         if len(counts) > 1:
+            told = [offer for offer in of_step if offer.digest]
             logger.warning(
                 "%s checkpoints of step %s differ: a machine's memory is at fault: %s",
-                len(of_step),
+                len(told),
                 step,
-                ", ".join(offer.where for offer in of_step),
+                ", ".join(offer.where for offer in told),
             )
-        certain = len(counts) == 1 or counts[0] > counts[1]
+        certain = len(counts) < 2 or counts[0] > counts[1]
         (agreed if certain else doubtful).extend(of_step)
     return agreed + doubtful
 

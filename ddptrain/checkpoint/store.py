@@ -10,7 +10,7 @@ from re import fullmatch
 from typing import Any
 
 from ddptrain.checkpoint.media import Digest, Medium
-from ddptrain.errors import CheckpointError
+from ddptrain.errors import CheckpointError, DamagedError
 from ddptrain.failpoints import reach
 
 MANIFEST = "manifest.json"
@@ -43,17 +43,19 @@ class Store:
         return self.medium.where(folder_of(step), name)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Return the manifest. Raises ``CheckpointError`` if it cannot be read."""
+        """Return the manifest. Raises ``CheckpointError`` if it cannot be read now, or ever."""
         try:
-            content: dict[str, Any] = json.loads(self.medium.read(folder_of(step), MANIFEST))
+            text = self.medium.read(folder_of(step), MANIFEST)
+        except OSError as error:
+            raise CheckpointError(f"{self.where(step, MANIFEST)}: {error}") from error
+        try:
+            content: dict[str, Any] = json.loads(text)
             if content.pop("checksum") != checksum(content):
                 raise ValueError("its checksum does not match: it is damaged")
             if content["step"] != step:
                 raise ValueError(f"it does not describe step {step}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.where(step, MANIFEST)}: not a manifest: {error}"
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{self.where(step, MANIFEST)}: not a manifest: {error}") from error
         return content
 
     def verify(self, step: int) -> dict[str, Any]:
