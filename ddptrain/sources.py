@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,7 +33,9 @@ def locate(target: str) -> tuple[str | None, Path | None, list[str]]:
     """Split a dotted name into its module, that module's source if it has any, and the rest."""
     parts = target.split(".")
     try:
-        spec = importlib.util.find_spec(parts[0])
+        with warnings.catch_warnings():  # setuptools' finder speaks up when asked for pip
+            warnings.simplefilter("ignore")
+            spec = importlib.util.find_spec(parts[0])
     except (ImportError, ValueError, AttributeError):
         spec = None
     if spec is None:
