@@ -90,7 +90,9 @@ def build_trainer(
         loss_scale=loss_scale,
         fingerprints=Fingerprints(task, plan, ranks, config.log.fingerprint_every, total_steps),
     )
-    observer = Observer(config, run, phases, speaks=ranks.is_first, world_size=ranks.world_size)
+    guard = None if claim is None else claim.check
+    size = ranks.world_size
+    observer = Observer(config, run, phases, speaks=ranks.is_first, world_size=size, guard=guard)
     return Trainer(
         config,
         ranks,

@@ -23,6 +23,7 @@ from ddptrain.place import Place
 from ddptrain.remembered import compose_once
 from ddptrain.resilience.failure import is_first_to_say, tell_agent
 from ddptrain.resilience.preemption import StopRequest
+from ddptrain.resilience.stopped import end_if_stopped
 from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory
 
 
@@ -114,11 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _end_with_agent() -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-
-
 def _listen(place: Place) -> StopRequest:
     """Heed signals from the first moment on; the agent's end is one, too."""
     stop_request = StopRequest(place)
@@ -172,6 +168,7 @@ def _rank(parsed: argparse.Namespace) -> int:
     stop_request = _listen(place)
     config = compose_once(parsed.overrides, place)
     check_world_size(config, place.world_size)
+    end_if_stopped(config.resilience.hang_seconds)
     if place.rank == 0 and place.restarts == 0:
         check_directory(config)
     from ddptrain.launch.worker import run_rank
@@ -187,6 +184,7 @@ def _worker(parsed: argparse.Namespace) -> int:
     stop_request = _listen(place)
     config = RunDirectory(parsed.run).load_launched()
     config.run.resume = Resume.auto
+    end_if_stopped(config.resilience.hang_seconds)
     from ddptrain.launch.worker import run_rank
 
     return run_rank(
@@ -207,7 +205,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 def _verify_rank(parsed: argparse.Namespace) -> int:
     """Be one rank that ``ddptrain verify`` has started."""
-    _end_with_agent()
+    end_with_parent()
     from ddptrain.verify.rank import verify_rank
 
     return verify_rank(parsed.folder)

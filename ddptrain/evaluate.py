@@ -83,7 +83,6 @@ class Evaluation:
                 self.task.update(metrics, batch)
                 for of_metric in addends.values():
                     of_metric.take()
-        pulse.enter(pulse.TOGETHER)
         return self._compute(metrics, {name: _state(addends[name]) for name in metrics})
 
     def _compute(self, metrics: dict[str, Metric], own: dict[str, State]) -> dict[str, float]:
@@ -95,6 +94,7 @@ class Evaluation:
                     f"evaluation: rank {rank} has other metrics than rank {self.ranks.rank}: "
                     f"{', '.join(difference)}; metrics() must return the same on every rank"
                 )
+        pulse.enter(pulse.COMPUTING)
         values: dict[str, float] = {}
         for name, metric in metrics.items():
             _merge(metric, [states[name] for states in of_ranks])

@@ -7,10 +7,13 @@ import signal
 
 VARIABLE = "DDPTRAIN_FAILPOINT"
 POINTS = (
+    "memory: manifest removed",
+    "memory: slot taken back",
     "memory: taken",
     "memory: one file filled",
     "memory: filled",
     "memory: manifest written",
+    "memory: room made",
     "memory: sealed",
     "memory: pruned",
     "save: begun",
@@ -30,6 +33,7 @@ POINTS = (
     "prune: manifest removed",
     "prune: manifest's folder flushed",
     "prune: one file removed",
+    "prune: folder removed",
     "prune: ended",
     "restore: offers gathered",
     "restore: verified",

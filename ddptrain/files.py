@@ -17,6 +17,7 @@ from ddptrain.errors import Refused, Superseded
 LOCK_SECONDS = 1.0
 """How long a process that was just killed may take to be gone."""
 OWNER = ".owner"
+LOCK = ".lock"
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,30 @@ class Claim:
         self.token = token or uuid4().hex
         self.file: TextIO | None = None
 
-    def take(self, seconds: float = LOCK_SECONDS) -> None:
-        """Claim the directory as a new start of the run. Raises ``Refused`` after ``seconds``."""
+    def take(self) -> None:
+        """Claim the directory as a new start of the run. Raises ``Refused`` as ``try_out`` does."""
+        self._wait()
+        write_over(self.folder / OWNER, self.token)
+
+    def try_out(self) -> None:
+        """Raise ``Refused``, after ``LOCK_SECONDS``, if another process has the directory."""
+        self._wait()
+        self._release()
+
+    def is_taken(self) -> bool:
+        """Whether another process has the directory; this one must not."""
+        if not (self.folder / LOCK).exists():
+            return False
+        is_taken = not self.lock()
+        self._release()
+        return is_taken
+
+    def _release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def _wait(self, seconds: float = LOCK_SECONDS) -> None:
         until = time.monotonic() + seconds
         while not self.lock():
             if time.monotonic() > until:
@@ -46,18 +69,19 @@ class Claim:
                     "end that one, or name another run.dir"
                 )
             time.sleep(0.05)
-        replace_text(self.folder / OWNER, self.token)
 
     def lock(self) -> bool:
         """Whether this process has the lock, or could have it now, or there are no locks here."""
         if self.file is not None:
             return True
-        file = (self.folder / ".lock").open("a+")
+        file = (self.folder / LOCK).open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
+            file.close()
             return False
         except OSError:
+            file.close()
             return True
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -79,7 +103,7 @@ class Claim:
 
     def _holder(self) -> str:
         try:
-            return (self.folder / ".lock").read_text().strip()
+            return (self.folder / LOCK).read_text().strip()
         except OSError:
             return ""
 
@@ -91,6 +115,19 @@ def replace_text(file: Path, text: str) -> None:
     flush(temporary)
     temporary.replace(file)
     flush(file.parent)
+
+
+def write_over(file: Path, text: str) -> None:
+    """Give ``file`` a content of the same length in place, which a full disk allows as well."""
+    if not file.exists() or file.stat().st_size != len(text.encode()):
+        replace_text(file, text)
+        return
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, text.encode(), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 START_UP = "start-up"
@@ -12,6 +14,7 @@ REDUCING = "backward and all-reduce"
 UPDATE = "update"
 COMPILING = "compiling"
 SAVING = "waiting for the disk"
+COMPUTING = "computing metrics"
 TOGETHER = "waiting for the other ranks"
 """The phases of a step, and those that are not like others."""
 
@@ -34,3 +37,12 @@ def enter(phase: str, step: int | None = None) -> None:
     """Say that this process has begun to do something else, or the same once more."""
     global now
     now = Beat(now.count + 1, phase, now.step if step is None else step, time.monotonic())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """While this process waits for the other ranks, in a collective of no step."""
+    before = now.phase
+    enter(TOGETHER)
+    yield
+    enter(before)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddptrain import pulse
-from ddptrain.checkpoint.checkpoints import MODEL, Checkpoints, capture
+from ddptrain.beside import beside
+from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.checkpoint.recovery import recover
+from ddptrain.checkpoint.saved import MODEL, capture
 from ddptrain.config import Config
 from ddptrain.data.fetch import Fetcher
 from ddptrain.errors import DivergenceError
@@ -175,6 +177,10 @@ class Run:
         """
         if not self.step.gate.acquire(timeout=max(0.0, until - time.monotonic())):
             return None
+        with beside(self.ranks.device):
+            return self._rescue(until, durable)
+
+    def _rescue(self, until: float, durable: bool) -> str | None:
         done = self.step.finished()
         if self.step.is_updating or done == 0:
             return None

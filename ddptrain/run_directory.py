@@ -19,7 +19,7 @@ from yaml.constructor import ConstructorError
 from ddptrain.compose import config_trees, flatten, to_plain, validate
 from ddptrain.config import EXECUTION_ONLY, Config, Resume
 from ddptrain.errors import Refused
-from ddptrain.files import read_json, replace_text
+from ddptrain.files import Claim, read_json, replace_text
 from ddptrain.origin import DIFF, origin, uncommitted
 
 NODE_MEMORY = Path("/dev/shm")
@@ -142,10 +142,12 @@ class RunDirectory:
 
 
 def check_directory(config: Config) -> None:
-    """Refuse a ``run.dir`` that this config may not continue; changes nothing on disk."""
+    """Refuse a ``run.dir`` that this config may not continue, or that is in use."""
     if config.run.dir is None:
         return
     run = RunDirectory(Path(config.run.dir))
+    if Claim(run.path).is_taken():
+        Claim(run.path).try_out()
     if run.has_checkpoint() and config.run.resume is Resume.never:
         raise Refused(
             f"run.resume=never but {run.path} holds a checkpoint; name another run.dir, "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER, Saved
+from ddptrain.checkpoint.saved import MODEL, OPTIMIZER, Saved
 from ddptrain.config import Remedy, TrainConfig
 from ddptrain.data.fetch import Source
 from ddptrain.errors import NonFiniteError

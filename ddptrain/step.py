@@ -104,6 +104,8 @@ class Step:
             bad = bad | stray
             hopeless = stray if hopeless is None else hopeless | stray
         pulse.enter(pulse.UPDATE)
+        if not self.skips_on_device:
+            bad.item()  # the wait that comes with such an optimiser, outside of the gate
         with self.gate:
             self.is_updating = True
             self.norm = norm

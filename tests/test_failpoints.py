@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ddptrain import failpoints
-from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER, Checkpoints
+from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.recovery import recover
 from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.saved import MODEL, OPTIMIZER
 from ddptrain.checkpoint.store import Store
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place

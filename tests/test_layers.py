@@ -16,7 +16,7 @@ ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "parent", "place", "generators", "hashing",
-          "failpoints", "lagging", "pulse"}  # fmt: skip
+          "failpoints", "lagging", "pulse", "processes", "beside"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "permitted", "run_directory", "state",
                   "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
@@ -29,6 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "parent": set(),
     "failpoints": set(),
     "pulse": set(),
+    "processes": set(),
+    "beside": set(),
     "lagging": set(),
     "hashing": set(),
     "config": {"errors"},

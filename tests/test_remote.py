@@ -14,10 +14,11 @@ import torch
 from launching import DDPTRAIN, LIMIT_SECONDS, kill_tree, read_result, run, start, train
 from torch import nn
 
-from ddptrain.checkpoint.checkpoints import MODEL, Checkpoints, capture
+from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.media import Remote
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.saved import MODEL, capture
 from ddptrain.checkpoint.store import MANIFEST, Store
 from ddptrain.errors import CheckpointError, Refused
 from ddptrain.run_directory import RunDirectory

@@ -19,10 +19,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER, Checkpoints, capture
+from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.saved import MODEL, OPTIMIZER, capture
 from ddptrain.checkpoint.store import MANIFEST, Store
 from ddptrain.errors import CheckpointError
 

@@ -16,8 +16,8 @@ import torch
 import yaml
 from launching import DDPTRAIN, Finished, run, train
 
-from ddptrain.checkpoint.checkpoints import MODEL, OPTIMIZER
 from ddptrain.checkpoint.media import Disk
+from ddptrain.checkpoint.saved import MODEL, OPTIMIZER
 from ddptrain.checkpoint.store import MANIFEST, Store, sealed
 from ddptrain.cli import main
 from ddptrain.compose import compose

@@ -25,9 +25,9 @@ from launching import (
 
 from ddptrain import pulse
 from ddptrain.observe.loggers import read_json_lines
+from ddptrain.processes import born, is_gone, kill_if_stopped
 from ddptrain.resilience.flight import describe
-from ddptrain.resilience.processes import born, is_gone, kill_if_stopped
-from ddptrain.resilience.verdict import PATIENT, SILENT_SECONDS, Sign, explain, idle_seconds
+from ddptrain.resilience.verdict import PATIENCE, PATIENT, SILENT_SECONDS, Sign, explain, hangs
 
 EXACT = ["experiment=ragged", "parallel.reduction=exact", "log.tensorboard=false"]
 SHORT = [*EXACT, "eval.every_steps=null", "checkpoint.keep_best=0", "train.max_steps=60"]
@@ -75,13 +75,23 @@ SIGNS = st.lists(
 
 @given(SIGNS)
 def test_nobody_is_accused_while_somebody_gets_on(signs: list[Sign]) -> None:
-    at_work = [s for s in signs if not s.finished and s.silent <= SILENT_SECONDS]
-    idle = idle_seconds(signs)
-    assert all(idle <= s.idle for s in at_work)
-    if any(s.phase in PATIENT for s in at_work) or not at_work:
-        assert idle == 0
+    answering = [s for s in signs if not s.finished and s.silent <= SILENT_SECONDS]
+    is_silent = any(s.silent > 60 for s in signs if not s.finished)
+    for seconds in (60, 60 * PATIENCE):
+        if hangs(signs, seconds) and not is_silent:
+            assert all(s.idle > seconds for s in answering)
+    if any(s.phase in PATIENT and s.idle < 60 * PATIENCE for s in answering):
+        assert hangs(signs, 60) == is_silent
     if [s for s in signs if not s.finished]:
         assert explain(signs)
+
+
+def test_a_rank_that_is_silent_is_no_progress_whatever_the_others_do() -> None:
+    """Stopped while another loads its data set, or writes a checkpoint, which may take long."""
+    stopped = Sign(1, pulse.START_UP, -1, 61, silent=61)
+    for phase in (*PATIENT, pulse.LOADING):
+        assert hangs([Sign(0, phase, -1, 1.0), stopped], 60)
+        assert not hangs([Sign(0, phase, -1, 1.0), stopped], 62)
 
 
 def test_the_flight_recorder_says_what_is_unfinished() -> None:

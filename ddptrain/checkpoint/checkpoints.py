@@ -5,90 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import nn
-from torch.optim import Optimizer
 
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Entry, Retention
+from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
 from ddptrain.checkpoint.writer import Job, Writer
 from ddptrain.errors import CheckpointError, DamagedError, TrainingError
-from ddptrain.state import (
-    State,
-    Tensors,
-    load_model,
-    load_optimizer,
-    model_tensors,
-    optimizer_tensors,
-)
+from ddptrain.state import State
 
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+STORE_SECONDS = 2.0
+"""So long a rank that leaves waits for a checkpoint that is on its way to the store."""
 
 logger = logging.getLogger(__name__)
-
-
-def capture(
-    step: int,
-    task: nn.Module,
-    optimizer: Optimizer,
-    step_numbers: dict[str, Any],
-    metrics: dict[str, float],
-    line: dict[str, float] | None = None,
-    record: dict[str, Any] | None = None,
-) -> State:
-    """The state of a run after ``step`` steps, as it is now: no tensor is copied.
-
-    ``metrics``, ``line`` and ``record`` are what evaluations, the log line and the fingerprint of
-    this very step say, for who goes on from here to write down if nobody else has.
-    """
-    tensors, numbers = optimizer_tensors(task, optimizer)
-    return State(
-        step,
-        {MODEL: model_tensors(task), OPTIMIZER: tensors},
-        {
-            "metrics": dict(metrics),
-            "line": dict(line or {}),
-            "record": record,
-            "step_numbers": step_numbers,
-            "optimizer_numbers": numbers,
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint as it was read: its manifest, and the verified content of its files."""
-
-    manifest: dict[str, Any]
-    contents: dict[str, bytes]
-    origin: str
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
-
-    def tensors(self, name: str) -> Tensors:
-        """The tensors of a file. Raises ``CheckpointError``."""
-        try:
-            return load(self.contents[name])
-        except KeyError:
-            raise CheckpointError(f"{self.origin}: it has no {name}") from None
-        except SafetensorError as error:
-            raise _refusal(f"{self.origin}/{name}", self.contents[name], error) from error
-
-    def put_back(self, task: nn.Module, optimizer: Optimizer | None) -> None:
-        """Load it into a task and, for training, its optimiser. Raises ``CheckpointError``."""
-        load_model(task, self.tensors(MODEL))
-        if optimizer is not None:
-            numbers = self.manifest["optimizer_numbers"]
-            load_optimizer(task, optimizer, self.tensors(OPTIMIZER), numbers)
 
 
 class Checkpoints:
@@ -152,25 +84,31 @@ class Checkpoints:
         """Save ``state`` at once, in memory first; return where it is, None if nowhere.
 
         For a rank that is about to leave, in any thread. ``until`` is the ``time.monotonic`` at
-        which to have ended; ``durable`` says whether this rank may write to the store.
+        which to have ended; ``durable`` says whether this rank may write to the store. Of the
+        ranks of a node one at a time does it, and most find it done.
         """
-        idle = self.writer.rest(until)
-        steps = self.memory.store.steps()
-        if steps and steps[-1] >= state.step:
-            return self.memory.store.where(steps[-1])  # by another rank of this node, or just now
-        slot = self.memory.free()
-        if slot is None:
-            return None
-        self.memory.take(slot, state)
-        manifest = self.memory.seal(slot, self._manifest(state))
-        if durable and idle and time.monotonic() < until:
+        slot = self.writer.rest()
+        with self.memory.alone(until):
+            there = self.memory.whole(state.step)
+            if there is None:
+                slot = self.memory.rescue(slot, state)
+                self.memory.seal(slot, self._manifest(state))
+                there = self.memory.stores[slot.tier], state.step
+        store, step = there
+        if durable and self.writer.has_ended(min(until, time.monotonic() + STORE_SECONDS)):
             try:
-                self.store.write(state.step, slot.paths(), manifest)
+                self._make_durable(store, step)
             except (OSError, TrainingError) as error:
-                logger.warning("step %s is in memory only: %s", state.step, error)
+                logger.warning("step %s is in memory only: %s", step, error)
             else:
-                return self.store.where(state.step)
-        return self.memory.store.where(state.step)
+                return self.store.where(step)
+        return store.where(step)
+
+    def _make_durable(self, store: Store, step: int) -> None:
+        """Copy the snapshot of ``step``, whoever has made it, from memory to the store."""
+        manifest = store.manifest(step)
+        paths = {name: Path(store.where(step, name)) for name in manifest["files"]}
+        self.store.write(step, paths, manifest)
 
     def _manifest(self, state: State) -> dict[str, Any]:
         return {"step": state.step, **state.numbers, **self.facts}
@@ -283,15 +221,3 @@ class Checkpoints:
                 if isinstance(error, DamagedError):
                     damaged.append(step)
         return found, damaged
-
-
-def _refusal(file: str, content: bytes, error: Exception) -> CheckpointError:
-    """Why a file is not loaded: damaged, or never one of safetensors."""
-    if content[8:9] == b"{":
-        return CheckpointError(f"{file}: {error}; train on from an earlier checkpoint")
-    # How pickles begin: of protocol 2 and later, as torch.save writes them, and of the first.
-    looks = "; it looks like a pickle" if content.startswith((b"\x80", b"PK", b"c")) else ""
-    return CheckpointError(
-        f"{file}: no safetensors file{looks}. It was not loaded, because loading a pickle can run "
-        "code; save its tensors with safetensors, or take another checkpoint"
-    )

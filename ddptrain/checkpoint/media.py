@@ -75,9 +75,12 @@ class Disk:
     def make(self, folder: str) -> None:
         if (self.root / folder).exists():
             shutil.rmtree(self.root / folder)
+        is_new = not self.root.exists()
         (self.root / folder).mkdir(parents=True)
         reach("save: folder made")
         flush(self.root)
+        if is_new:
+            flush(self.root.parent)
         reach("save: folder's parent flushed")
 
     def put(self, folder: str, name: str, source: Path, promised: Digest) -> None:
@@ -114,6 +117,7 @@ class Disk:
             file.unlink()
             reach("prune: one file removed")
         (self.root / folder).rmdir()
+        reach("prune: folder removed")
         flush(self.root)
 
     def where(self, folder: str, name: str = "") -> str:

@@ -8,79 +8,33 @@ are new to a process cost ten times as much.
 
 from __future__ import annotations
 
-import json
-import mmap
+import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from re import fullmatch
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ddptrain.checkpoint.media import Digest, Disk
+from ddptrain.checkpoint.leavings import delete_abandoned, is_being_filled, sign
+from ddptrain.checkpoint.mapped import Mapped
+from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.checkpoint.store import MANIFEST, Store, folder_of, sealed
+from ddptrain.errors import CheckpointError
 from ddptrain.failpoints import reach
-from ddptrain.state import State, Tensors, unshared
+from ddptrain.state import State
 
 SLOTS = 3
 """Snapshots at once: the newest whole one, one on its way to a disk, one being taken."""
-OWNER = "run.json"
-ABANDONED_SECONDS = 7 * 24 * 3600.0
-GONE_SECONDS = 3600.0
-
-
-class Mapped:
-    """A safetensors file in memory, for tensors of the same names and shapes again and again."""
-
-    def __init__(self, file: Path, tensors: Tensors) -> None:
-        try:
-            save_file(unshared(tensors), file)
-        except SafetensorError as error:  # its name for any error of a file
-            raise OSError(0, str(error), str(file)) from None
-        descriptor = os.open(file, os.O_RDWR)
-        try:
-            self.bytes = mmap.mmap(descriptor, 0)
-        finally:
-            os.close(descriptor)
-        self.views = self._lay_out(tensors)
-
-    def _lay_out(self, tensors: Tensors) -> Tensors:
-        begin = 8 + int.from_bytes(self.bytes[:8], "little")
-        header = json.loads(self.bytes[8:begin])
-        return {
-            name: torch.frombuffer(
-                self.bytes,
-                dtype=tensor.dtype,
-                count=tensor.numel(),
-                offset=begin + header[name]["data_offsets"][0],
-            ).view(tensor.shape)
-            if tensor.numel()
-            else tensor.new_empty(tensor.shape, device="cpu")
-            for name, tensor in tensors.items()
-        }
-
-    def fits(self, tensors: Tensors) -> bool:
-        return self.views.keys() == tensors.keys() and all(
-            view.shape == tensors[name].shape and view.dtype == tensors[name].dtype
-            for name, view in self.views.items()
-        )
-
-    def fill(self, tensors: Tensors) -> None:
-        for name, view in self.views.items():
-            view.copy_(tensors[name], non_blocking=True)
-
-    def digest(self) -> Digest:
-        return {"bytes": len(self.bytes), "sha256": sha256(self.bytes).hexdigest()}
+LOCK = "lock"
+LOCK_PAUSE = 0.01
 
 
 def _boot() -> str:
@@ -91,35 +45,13 @@ def _boot() -> str:
         return socket.gethostname()
 
 
-def _is_abandoned(folder: Path) -> bool:
-    """Whether the run whose snapshots these are is gone, over, or was left for a week."""
-    try:
-        if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
-            return True
-        owner = json.loads((folder / OWNER).read_text())
-        run = Path(owner["run"])
-        if (run / ".identity").read_text() != owner["identity"]:
-            return True
-        return bool(json.loads((run / "result.json").read_text())["status"] == "completed")
-    except FileNotFoundError as error:
-        is_gone = Path(str(error.filename)).name == ".identity"  # or its disk is, for a while
-        return is_gone and time.time() - folder.stat().st_mtime > GONE_SECONDS
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _is_being_filled(name: str) -> bool:
-    """Whether a folder is a slot of a process that lives: a rank that rescues."""
-    slot = fullmatch(r"\.slot-(\d+)-\d+", name)
-    return slot is not None and Path(f"/proc/{slot[1]}").exists()
-
-
 @dataclass
 class Slot:
     """A snapshot's folder. ``step`` is None while it is being filled, ``busy`` while in use."""
 
     folder: Path
     home: Path
+    tier: int
     step: int | None = None
     busy: bool = False
     files: dict[str, Mapped] = field(default_factory=dict)
@@ -131,8 +63,8 @@ class Slot:
 class Memory:
     """The snapshots of one run on this node, which the processes of its ranks share.
 
-    Takes up to ``SLOTS`` times the size of the state, and one more while a node's ranks rescue.
-    Where the first of ``roots`` has no room, it goes on in the next.
+    Takes up to ``SLOTS`` times the size of the state, and one more for each of the two last steps
+    that a node's ranks rescue. Where the first of ``roots`` has no room, it goes on in the next.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
@@ -158,8 +90,37 @@ class Memory:
     def _use(self, tier: int) -> None:
         self.tier = tier
         self.root, self.store = self.roots[tier], self.stores[tier]
-        homes = [self.root / f".slot-{os.getpid()}-{number}" for number in range(SLOTS)]
-        self.slots = [Slot(home, home) for home in homes]
+        self.slots = [self._slot(tier, number) for number in range(SLOTS)]
+
+    def _slot(self, tier: int, number: int) -> Slot:
+        home = self.roots[tier] / f".slot-{os.getpid()}-{number}"
+        return Slot(home, home, tier)
+
+    @contextlib.contextmanager
+    def alone(self, until: float) -> Iterator[None]:
+        """Keep all others of this node, processes and threads, from giving snapshots their names.
+
+        Nobody is waited for after ``until`` (monotonic): it may have been stopped.
+        """
+        root = self.roots[0]
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:  # no room there for a file without content: do without
+            yield
+            return
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(LOCK_PAUSE)
+            yield
+        finally:
+            os.close(descriptor)
 
     def falls_back(self) -> bool:
         """Go on in the next root, if there is one and no slot is in use."""
@@ -178,6 +139,34 @@ class Memory:
         empty = [slot for slot in idle if slot.step is None]
         full = [slot for slot in idle if slot.step is not None and slot.step != newest]
         return next(iter(empty or sorted(full, key=lambda slot: slot.step or 0)), None)
+
+    def whole(self, step: int) -> tuple[Store, int] | None:
+        """Where there is a whole snapshot of ``step`` or a later one, by whatever process."""
+        found = ((other, store) for store in self.stores for other in store.steps())
+        for other, store in sorted(found, key=lambda one: -one[0]):
+            if other < step:
+                break
+            with contextlib.suppress(CheckpointError):
+                store.verify(other)
+                return store, other
+        return None
+
+    def rescue(self, slot: Slot | None, state: State) -> Slot:
+        """Copy ``state`` into ``slot``, or wherever there is room. Raises ``OSError`` if nowhere.
+
+        Older snapshots have to make room for it, but for the newest, which is whole for sure.
+        """
+        spare = [self._slot(tier, SLOTS) for tier in range(self.tier, len(self.roots))]
+        first = [slot] if slot is not None else [spare[0]]
+        for each in (*first, *spare):
+            try:
+                self.take(each, state)
+            except OSError as error:
+                problem = error
+                self._clear(each.tier)
+            else:
+                return each
+        raise problem
 
     def take(self, slot: Slot, state: State) -> None:
         """Copy ``state`` into ``slot``. Raises ``OSError`` if the memory is full."""
@@ -208,8 +197,10 @@ class Memory:
             slot.folder.mkdir(parents=True, mode=0o700)
             return
         (slot.folder / MANIFEST).unlink(missing_ok=True)
+        reach("memory: manifest removed")
         if slot.folder != slot.home:
             slot.folder = slot.folder.rename(slot.home)
+            reach("memory: slot taken back")
         for name in [name for name in slot.files if not (slot.folder / name).exists()]:
             del slot.files[name]
 
@@ -234,9 +225,10 @@ class Memory:
         step = int(manifest["step"])
         (slot.folder / MANIFEST).write_bytes(sealed(manifest))
         reach("memory: manifest written")
-        target = self.root / folder_of(step)
-        if self.store.holds(step, manifest["files"]):
-            self.store.medium.write(target.name, MANIFEST, sealed(manifest))
+        store = self.stores[slot.tier]
+        target = self.roots[slot.tier] / folder_of(step)
+        if store.holds(step, manifest["files"]):
+            store.medium.write(target.name, MANIFEST, sealed(manifest))
         else:
             self._make_room(target)
             slot.folder = slot.folder.rename(target)
@@ -250,25 +242,26 @@ class Memory:
             if other.folder == target:
                 self._drop(other)
         shutil.rmtree(target, ignore_errors=True)
+        reach("memory: room made")
 
     def prune(self) -> None:
         """Delete what other processes have left, but for the newest snapshot."""
+        self._clear(self.tier)
+        reach("memory: pruned")
+
+    def _clear(self, tier: int) -> None:
         own = {slot.folder.name for slot in self.slots}
-        newest = {folder_of(step) for step in self.store.steps()[-1:]}
-        for path in self.root.iterdir():
-            is_used = path.name in own | newest or _is_being_filled(path.name)
+        newest = {folder_of(step) for step in self.stores[tier].steps()[-1:]}
+        root = self.roots[tier]
+        for path in root.iterdir() if root.is_dir() else ():
+            is_used = path.name in own | newest or is_being_filled(path.name)
             if path.is_dir() and not is_used:
                 shutil.rmtree(path, ignore_errors=True)
-        reach("memory: pruned")
 
     def sign(self, run: Path, identity: str) -> None:
         """Say whose it is; delete what runs have left here that are over or gone."""
-        root = self.roots[0]
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (root / OWNER).write_text(json.dumps({"run": str(run), "identity": identity}))
-        for other in root.parent.iterdir():
-            if other != root and _is_abandoned(other):
-                shutil.rmtree(other, ignore_errors=True)
+        sign(self.roots[0], run, identity)
+        delete_abandoned(self.roots[0])
 
     def discard(self, after: int) -> None:
         """Delete the snapshots of steps later than ``after``, which turned out to be wrong."""

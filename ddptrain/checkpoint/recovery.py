@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ddptrain.checkpoint.checkpoints import Checkpoints, Saved
+from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
 from ddptrain.errors import CheckpointError
 from ddptrain.failpoints import reach
@@ -35,14 +36,24 @@ def recover(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
     Survivors of a crash may be a step apart, and the newest state is right: what it is of is
     decided by the config. Of two that say to be of one step and differ, the one that most nodes
     hold counts. Damaged ones are passed over with a warning. Raises ``CheckpointError`` on every
-    rank if there are checkpoints but none is whole.
+    rank if there are checkpoints but none is whole, or if there may be some in a store that cannot
+    be read; with a snapshot at hand such a store is warned of.
     """
-    offers = [offer for of_rank in ranks.gather(_offers(checkpoints, ranks)) for offer in of_rank]
+    gathered = ranks.gather(_offers(checkpoints, ranks))
+    offers = [offer for of_rank, _ in gathered for offer in of_rank]
+    problem = gathered[0][1]
     reach("restore: offers gathered")
     for offer in ranked(offers):
         saved = _send(checkpoints, ranks, offer)
         if saved is not None:
+            if problem is not None and ranks.is_first:
+                logger.warning("%s; going on from %s", problem, saved.origin)
+            if checkpoints.keeps_memory:
+                checkpoints.memory.discard(saved.step)  # they were passed over, for a reason
+            ranks.barrier()
             return saved
+    if problem is not None:
+        raise CheckpointError(f"{problem}; mend that, or name another checkpoint.dir")
     if offers:
         raise checkpoints.none_is_whole(len(offers))
     return None
@@ -76,20 +87,20 @@ def ranked(offers: list[Offer]) -> list[Offer]:
     return agreed + doubtful
 
 
-def _offers(checkpoints: Checkpoints, ranks: Ranks) -> list[Offer]:
+def _offers(checkpoints: Checkpoints, ranks: Ranks) -> tuple[list[Offer], str | None]:
+    """What this rank can read, and why it cannot read the store, if it cannot."""
+    problem: str | None = None
     stores: list[tuple[int, Store]] = []
     if checkpoints.keeps_memory:
         stores += list(enumerate(checkpoints.memory.stores))
     if ranks.is_first:
-        stores.append((DURABLE, checkpoints.store))
         try:
             checkpoints.store.medium.folders()
+            stores.append((DURABLE, checkpoints.store))
         except OSError as error:
-            where = checkpoints.store.medium.where("")
-            raise CheckpointError(
-                f"{where}: cannot be read: {error}; mend that, or name another checkpoint.dir"
-            ) from error
-    return [offer for tier, store in stores for offer in _of_store(store, tier, ranks.rank)]
+            problem = f"{checkpoints.store.medium.where('')}: cannot be read: {error}"
+    offers = [offer for tier, store in stores for offer in _of_store(store, tier, ranks.rank)]
+    return offers, problem
 
 
 def _of_store(store: Store, tier: int, rank: int) -> Iterator[Offer]:

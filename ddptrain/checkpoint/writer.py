@@ -90,10 +90,18 @@ class Writer:
             jobs = [job for job in (self.next, self.owed) if job is not None and job.durable]
             return jobs[0] if jobs else None
 
-    def rest(self, until: float) -> bool:
-        """Do no more jobs; return whether the one at work ended before ``until`` (monotonic)."""
+    def rest(self) -> Slot | None:
+        """Begin no more jobs; return a slot that may be filled now, if there is one."""
         with self.changed:
             self.resting = True
+            free = self.memory.free()
+            if free is not None:
+                free.busy = True
+            return free
+
+    def has_ended(self, until: float) -> bool:
+        """Whether the job at work has ended before ``until`` (monotonic)."""
+        with self.changed:
             while self.working and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
             return not self.working
@@ -168,9 +176,10 @@ class Writer:
                     self.owed.slot.busy = False
                 self.owed = job
         if not job.is_sealed:
-            job.manifest = self.memory.seal(job.slot, job.manifest)
-            job.is_sealed = True
-            self.memory.prune()
+            with self.memory.alone(time.monotonic() + PATIENCE):
+                job.manifest = self.memory.seal(job.slot, job.manifest)
+                job.is_sealed = True
+                self.memory.prune()
         if not job.durable:
             return
         self.store.write(job.step, job.slot.paths(), job.manifest)

@@ -22,7 +22,7 @@ from ddptrain.errors import (
     EXIT_STOPPED,
     TrainingError,
 )
-from ddptrain.resilience.crashes import Crashes
+from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.resilience.preemption import SIGNALS
 from ddptrain.run_directory import RunDirectory
 
@@ -46,7 +46,7 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     After a failure they are started again, ``launch.max_restarts`` times without a finished step
     in between. The error of the rank that failed first is the last thing printed.
     """
-    os.environ["DDPTRAIN_LAUNCH"] = uuid.uuid4().hex
+    os.environ[LAUNCH] = uuid.uuid4().hex
     progress = Progress(run.memories()[0])
     wanted = config.launch.max_restarts
     allowed = left = RESTARTS if wanted is None else wanted

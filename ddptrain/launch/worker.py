@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ddptrain import pulse
 from ddptrain.build import build_trainer
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Reduction, Resume
@@ -25,7 +26,7 @@ from ddptrain.errors import (
     Stopped,
     Superseded,
 )
-from ddptrain.files import Claim
+from ddptrain.files import Claim, replace_text
 from ddptrain.loop import Trainer
 from ddptrain.observe.console import say
 from ddptrain.observe.logs import open_log
@@ -52,6 +53,8 @@ from ddptrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=30)
+MEETING_SECONDS = 30.0
+"""Ranks that start at once may come so far apart, on a busy machine with a slow disk."""
 NOTHING_TO_RESCUE = (
     NonFiniteError, DivergenceError, Stopped, Refused, CheckpointError, Superseded
 )  # fmt: skip
@@ -115,15 +118,18 @@ class Attempt:
         hang_seconds = config.resilience.hang_seconds
         if device.type == "cuda" and hang_seconds is not None:
             flight.arm()
-        ranks = Ranks(place, device, TIMEOUT)
+        ranks = Ranks(place, device, None)
+        ranks.meet(None if hang_seconds is None else max(hang_seconds, MEETING_SECONDS))
+        if hang_seconds is not None:
+            processes = ranks.attempt.processes
+            self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
+            self.watchdog.start()
+        ranks.join(TIMEOUT)
         remedy = "start all ranks with the same arguments"
         ranks.agree(_common(config), "was started with another config than", remedy)
         self.run, self.claim = _agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
         Crashes(self.run.crashes).refuse_loop()
-        if hang_seconds is not None:
-            self.watchdog = Watchdog(place, ranks.board(), hang_seconds, self.leave)
-            self.watchdog.start()
         self.ranks = ranks
         return ranks
 
@@ -164,7 +170,8 @@ class Attempt:
         """End this rank from the side, its main thread being stuck; the last step is saved."""
         line = f"{self.place.name}: {why}"
         logger.info("%s", why)
-        tell_agent(line)
+        with contextlib.suppress(OSError):
+            tell_agent(line)
         if speaks:
             os.write(2, f"{line}\n".encode())
         with contextlib.suppress(Exception):
@@ -183,7 +190,8 @@ class Attempt:
             if not isinstance(error, NOTHING_TO_RESCUE):
                 with contextlib.suppress(Exception):  # the error to show is the first one
                     self.rescue(time.monotonic() + RESCUE_SECONDS, True)
-            self.trainer.observer.close()
+            if not isinstance(error, Superseded):
+                self.trainer.observer.close()
             context = _where(self.trainer, error)
             if not isinstance(error, Stopped):
                 with contextlib.suppress(Exception):
@@ -192,6 +200,8 @@ class Attempt:
             if self.place.rank == 0 and self.run is not None:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 with contextlib.suppress(Exception):
+                    if self.claim is not None:
+                        self.claim.check()
                     write_result(self.run, self.result(status))
         return exit_with(error, self.place, context, on_screen, self.stop_request.heard)
 
@@ -201,6 +211,8 @@ class Attempt:
             return
         self.claim.check()
         done = self.trainer.done
+        if not is_cause and pulse.now.step < done:
+            return  # another rank has gone between two steps, or while this start began
         finished = done - self.trainer.started_at
         rank = self.place.rank
         crashes = Crashes(self.run.crashes)
@@ -260,8 +272,13 @@ def _agree_on_directory(
         claim.take()
         if store is not None:
             store.set(RUN_KEY, str(run.path))
-    path, token = ranks.from_first((str(claim.folder), claim.token) if claim else None)
-    return RunDirectory(Path(path)), claim or Claim(Path(path), token)
+        told = str(run.path), claim.token, run.identity.read_text()
+    path, token, identity = ranks.from_first(told if claim else None)
+    run = RunDirectory(Path(path))
+    if not run.identity.exists():  # this node sees another file system
+        run.path.mkdir(parents=True, exist_ok=True)
+        replace_text(run.identity, identity)
+    return run, claim or Claim(run.path, token)
 
 
 def _where(trainer: Trainer, error: BaseException) -> str:

@@ -6,10 +6,9 @@ import errno
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-
-from ddptrain.files import replace_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,9 +35,7 @@ class JsonLines:
     def __init__(self, file: Path, resumed_at: int) -> None:
         self.last_step: int | None = None
         if file.exists():
-            kept = [line for line in read_json_lines(file) if line["step"] <= resumed_at]
-            replace_text(file, "".join(json.dumps(line) + "\n" for line in kept))
-            self.last_step = kept[-1]["step"] if kept else None
+            self.last_step = _cut(file, resumed_at)
         self.file = file
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.size = os.fstat(self.descriptor).st_size
@@ -81,6 +78,25 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError):
             continue
     return objects
+
+
+def _cut(file: Path, step: int) -> int | None:
+    """Cut off what is said of later steps; return the last one that is left.
+
+    In place, for which a full disk has room as well: lines are in the order of their steps.
+    """
+    end = 0
+    last: int | None = None
+    kept: int | None = None
+    with file.open("rb+") as stream:
+        for line in stream:
+            with suppress(ValueError, TypeError, KeyError):  # damaged: a reader passes over it
+                last = json.loads(line)["step"]
+            if not line.endswith(b"\n") or (last is not None and last > step):
+                break
+            end, kept = end + len(line), last
+        stream.truncate(end)
+    return kept
 
 
 class TensorBoard:

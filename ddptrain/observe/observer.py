@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,17 @@ class Observer:
     """Hands numbers on to the screen, ``metrics.jsonl`` and TensorBoard; silent but on rank 0."""
 
     def __init__(
-        self, config: Config, run: RunDirectory, phases: Phases, *, speaks: bool, world_size: int
+        self,
+        config: Config,
+        run: RunDirectory,
+        phases: Phases,
+        *,
+        speaks: bool,
+        world_size: int,
+        guard: Callable[[], None] | None = None,
     ) -> None:
+        """``guard`` raises if this process may no longer write to the run's directory."""
+        self.guard = guard
         self.config = config
         self.run = run
         self.phases = phases
@@ -53,6 +63,8 @@ class Observer:
         if not self.speaks:
             return
         before = self.history.begin(resumed_at, self.run, self.world_size, known)
+        with self._surviving(self.history):
+            self.history.write()
         self.run.result.unlink(missing_ok=True)
         lines = read_json_lines(self.run.metrics)
         self.told = {line["split"] for line in lines if line["step"] == resumed_at}
@@ -73,8 +85,9 @@ class Observer:
         self.loggers = [JsonLines(self.run.metrics, resumed_at)]
         if self.config.log.tensorboard:
             text = yaml.safe_dump(to_plain(self.config), sort_keys=False)
-            self.board = TensorBoard(self.run.tensorboard, resumed_at, text)
-            self.loggers.append(self.board)
+            with self._surviving(self):
+                self.board = TensorBoard(self.run.tensorboard, resumed_at, text)
+                self.loggers.append(self.board)
         if self.run.anomalies.exists():
             self.anomalies = JsonLines(self.run.anomalies, resumed_at - 1)
         self.screen = open_screen(total_steps, resumed_at)
@@ -91,7 +104,8 @@ class Observer:
         if original := self.run.provenance().get("rerun_of"):
             self._compare_data(data, RunDirectory(Path(original)).data, f"its original {original}")
         if not self.run.data.exists():
-            replace_text(self.run.data, json.dumps(data, indent=1))
+            with self._surviving(self):
+                replace_text(self.run.data, json.dumps(data, indent=1))
 
     @staticmethod
     def _compare_data(data: dict[str, Any], file: Path, what: str) -> None:
@@ -102,6 +116,8 @@ class Observer:
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         if step == self.resumed_at and split in self.told:
             return  # a repeated evaluation of the step that this run was resumed at
+        if self.guard is not None and self.speaks:
+            self.guard()
         for each in self.loggers:
             with self._surviving(each):
                 each.log(step, split, scalars)
@@ -137,9 +153,9 @@ class Observer:
     def anomaly(self, line: dict[str, Any]) -> None:
         """Note that something was wrong with the step that ``line`` names."""
         if self.speaks:
-            if self.anomalies is None:
-                self.anomalies = JsonLines(self.run.anomalies, line["step"])
-            with self._surviving(self.anomalies):
+            with self._surviving(self):
+                if self.anomalies is None:
+                    self.anomalies = JsonLines(self.run.anomalies, line["step"])
                 self.anomalies.write(line)
 
     def divergence(self, step: int, report: str) -> None:
@@ -170,7 +186,8 @@ class Observer:
         self.loggers = []
         for file in (self.fingerprints, self.anomalies):
             if file is not None:
-                file.close()
+                with self._surviving(file):
+                    file.close()
         self.fingerprints = self.anomalies = None
 
 
@@ -179,14 +196,17 @@ class History:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.began = time.monotonic()
+        self.starts: list[dict[str, Any]] = []
+        self.told = 0
 
     def begin(self, resumed_at: int, run: RunDirectory, world_size: int, known: int) -> int | None:
         """Note a start. Steps that the last one is known to have taken past it are lost.
 
         Returns the number of ranks of the last start, if there was one.
         """
-        before = [start.get("world_size") for start in read_json_lines(self.file)]
+        self.starts = self.starts or read_json_lines(self.file)
+        self.told = self.told or len(self.starts)
+        before = self.starts[-1].get("world_size") if self.starts else None
         last = max((line.get("step", 0) for line in read_json_lines(run.metrics)), default=0)
         # If the last start failed, it could still say where.
         last = max(last, run.outcome().get("step", 0), known)
@@ -196,13 +216,21 @@ class History:
             "lost_steps": max(0, last - resumed_at),
             "world_size": world_size,
         }
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(start) + "\n")
-        return before[-1] if before else None
+        self.starts.append(start)
+        return before
+
+    def write(self) -> None:
+        """Append the starts that the file does not have yet. Raises ``OSError``, as disks do."""
+        lines = "".join(json.dumps(start) + "\n" for start in self.starts[self.told :])
+        with self.file.open("a+b") as stream:
+            if stream.tell() and stream.seek(-1, os.SEEK_END) and stream.read() != b"\n":
+                lines = f"\n{lines}"  # the last line was cut short by a crash
+            stream.write(lines.encode())
+        self.told = len(self.starts)
 
     def totals(self) -> dict[str, int]:
-        starts = list(read_json_lines(self.file))
+        """How often the run was started again, and how many steps that cost."""
         return {
-            "restarts": max(0, len(starts) - 1),
-            "lost_steps": sum(start["lost_steps"] for start in starts),
+            "restarts": max(0, len(self.starts) - 1),
+            "lost_steps": sum(start["lost_steps"] for start in self.starts),
         }

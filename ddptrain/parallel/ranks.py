@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from ddptrain import pulse
 from ddptrain.errors import Refused
+from ddptrain.parallel.roll_call import Attempt, Process, meet
 from ddptrain.place import Place
 
 T = TypeVar("T")
@@ -36,18 +39,32 @@ class Ranks:
     With one rank there is no group, and every message comes straight back.
     """
 
-    def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, place: Place, device: torch.device, timeout: timedelta | None) -> None:
+        """With a ``timeout`` the group is formed at once, without when ``join`` is called."""
         self.place = place
         self.device = device
         self.store: Store | None = None
+        self.attempt = Attempt((Process(),), uuid4().hex)
         if device.type == "cuda":
             # Before any collective: NCCL and a user's own .cuda() take the current device.
             torch.cuda.set_device(device)
         if place.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             return
-        self.store = _connect(place, timeout, first=True)
-        if place.world_size > 1:
-            self.form_group(PrefixStore(f"attempt-{place.restarts}", self.store), timeout)
+        self.store = _connect(place, timeout or STORE_TIMEOUT, first=True)
+        if timeout is not None:
+            self.meet(None)
+            self.join(timeout)
+
+    def meet(self, seconds: float | None) -> None:
+        """Wait for the other ranks. Raises ``TrainingError`` if one has not come in time."""
+        if self.store is not None and self.world_size > 1:
+            board = PrefixStore("roll-call", self.store)
+            self.attempt = meet(board, self.rank, self.world_size, seconds)
+
+    def join(self, timeout: timedelta) -> None:
+        """Form the process group of several ranks, which have met."""
+        if self.store is not None and self.world_size > 1:
+            self.form_group(PrefixStore(self.attempt.name, self.store), timeout)
 
     def form_group(self, store: Store | None = None, timeout: timedelta | None = None) -> None:
         """Form the process group, if there is none yet; one rank alone needs no ``store``."""
@@ -80,7 +97,8 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with pulse.together():
+            dist.all_gather_object(values, value)
         return values
 
     def agree(self, mine: dict[str, Any], differs: str, remedy: str) -> None:
@@ -105,7 +123,8 @@ class Ranks:
         """Return the value of rank ``source`` on every rank; the others' is ignored."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=source)
+            with pulse.together():
+                dist.broadcast_object_list(box, src=source)
         return box[0]  # type: ignore[return-value]
 
     def bytes_from(self, source: int, content: bytes | None, size: int) -> bytes:
@@ -113,18 +132,20 @@ class Ranks:
         if self.world_size == 1 or size == 0:
             return content or b""
         buffer = bytearray(size) if content is None else bytearray(content)
-        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), src=source)
+        with pulse.together():
+            dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), src=source)
         return bytes(buffer)
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(device_ids=None)
+            with pulse.together():
+                dist.barrier(device_ids=None)
 
     def board(self) -> Store | None:
         """A connection to the store for messages of this attempt, not held up by the others'."""
         if self.store is None or self.world_size == 1:
             return None
-        return PrefixStore(f"board-{self.place.restarts}", _connect(self.place, STORE_TIMEOUT))
+        return PrefixStore(f"board-{self.attempt.name}", _connect(self.place, STORE_TIMEOUT))
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -135,7 +156,7 @@ def _connect(place: Place, timeout: timedelta, first: bool = False) -> TCPStore:
     """Open the store that torchrun's agent keeps for the whole run, over all restarts.
 
     The process group takes a prefix per attempt on it: on a shared prefix the ranks of a new
-    attempt can read the addresses of the ranks that have died.
+    attempt can read the addresses of the ranks that have died (see ``roll_call``).
     """
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return TCPStore(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from ddptrain.errors import TrainingError
+from ddptrain.processes import born
 
 TIMES = 3
 """How often the same step may fail before nobody starts the run again by itself."""
-LAUNCHES = ("DDPTRAIN_LAUNCH", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-"""What stays the same over the restarts that nobody asked for by hand."""
+LAUNCH = "DDPTRAIN_LAUNCH"
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,26 @@ class Crash:
     is_final: bool = False
 
 
+def launch() -> str:
+    """What stays the same over the restarts that nobody asks for by hand, and over no others.
+
+    Over Slurm's requeues as well, where the job's number is torchrun's ``--rdzv-id``.
+    """
+    if LAUNCH in os.environ:
+        return os.environ[LAUNCH]
+    agent = os.environ.get("TORCHELASTIC_RUN_ID")
+    if agent is None:
+        return uuid4().hex  # no agent: whoever starts it again is a person
+    parent = os.getppid()
+    return agent if agent != "none" else f"{socket.gethostname()} {parent} {born(parent)}"
+
+
 class Crashes:
     """The crashes of a run, a line each, in the order of their starts."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.launch = next((os.environ[name] for name in LAUNCHES if name in os.environ), "")
+        self.launch = launch()
 
     def add(
         self,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ddptrain.pulse import COMPILING, REDUCING, SAVING, START_UP, TOGETHER
+from ddptrain.pulse import COMPILING, COMPUTING, REDUCING, SAVING, START_UP, TOGETHER
 
 SILENT_SECONDS = 3.0
 """A rank that has not spoken for so long is taken to be stopped, or cut off."""
 WAITING = (REDUCING, TOGETHER)
 """What a rank does while it waits for others."""
-PATIENT = (START_UP, COMPILING, SAVING)
-"""Phases that take as long as they take."""
+PATIENT = (START_UP, COMPILING, SAVING, COMPUTING)
+"""Phases that may take ``PATIENCE`` times as long, with nothing to see from outside."""
+PATIENCE = 12
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Sign:
         return self.silent <= SILENT_SECONDS
 
 
-def idle_seconds(signs: Iterable[Sign]) -> float:
-    """For how long no rank has made any progress.
+def hangs(signs: Iterable[Sign], seconds: float) -> bool:
+    """Whether no rank has made any progress for ``seconds``, or one has not answered for so long.
 
     A rank that waits for a slow one raises no alarm while that one gets on. One that does not
-    answer makes no progress, and the others are at most a step away from waiting for it.
+    answer makes no progress, whatever the others may still have to do before they wait for it.
     """
-    at_work = [sign for sign in signs if not sign.finished and sign.answers]
+    unfinished = [sign for sign in signs if not sign.finished]
+    if any(sign.silent > seconds for sign in unfinished):
+        return True
+    at_work = [sign for sign in unfinished if sign.answers]
     if any(sign.phase in PATIENT for sign in at_work):
-        return 0.0
-    return min((sign.idle for sign in at_work), default=0.0)
+        seconds *= PATIENCE
+    return min((sign.idle for sign in at_work), default=0.0) > seconds
 
 
 def explain(signs: Sequence[Sign]) -> str:

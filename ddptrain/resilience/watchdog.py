@@ -5,22 +5,20 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
-import os
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from ddptrain import pulse
+from ddptrain.parallel.roll_call import Process
 from ddptrain.place import Place
+from ddptrain.processes import is_gone, kill_if_stopped
 from ddptrain.resilience.board import Board, Messenger
 from ddptrain.resilience.flight import unfinished
-from ddptrain.resilience.processes import born, is_gone, kill_if_stopped
-from ddptrain.resilience.verdict import Sign, explain, idle_seconds
+from ddptrain.resilience.verdict import Sign, explain, hangs
 
 POLL_SECONDS = 1.0
 PARTING_SECONDS = 2.0
@@ -45,6 +43,7 @@ class Watchdog:
         self,
         place: Place,
         board: Board | None,
+        processes: Sequence[Process],
         hang_seconds: float,
         leave: Callable[[str, bool], None],
     ) -> None:
@@ -55,11 +54,9 @@ class Watchdog:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.gone_since: dict[int, float] = {}
-        self.own: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "born": born(os.getpid()),
-        }
+        self.processes = processes
+        self.host = processes[place.rank].host
+        self.began = time.monotonic()
 
     def start(self) -> None:
         """Begin to watch."""
@@ -83,7 +80,7 @@ class Watchdog:
     def _look(self) -> None:
         self.messenger.say(self._told())
         signs = self._signs()
-        if self.messenger.alarm or idle_seconds(signs) > self.hang_seconds:
+        if self.messenger.alarm or hangs(signs, self.hang_seconds):
             self._raise_alarm()
         elif (gone := self._gone(signs)) is not None:
             mine = signs[self.place.rank]
@@ -100,9 +97,12 @@ class Watchdog:
     def _own_sign(self, finished: bool = False, stack: str = "") -> Sign:
         beat = pulse.now
         idle = time.monotonic() - beat.since
-        return Sign(
-            self.place.rank, beat.phase, beat.step, idle, finished=finished, stack=stack, **self.own
-        )
+        sign = Sign(self.place.rank, beat.phase, beat.step, idle, finished=finished, stack=stack)
+        return self._named(sign)
+
+    def _named(self, sign: Sign) -> Sign:
+        process = self.processes[sign.rank]
+        return replace(sign, host=process.host, pid=process.pid, born=process.born)
 
     def _signs(self) -> list[Sign]:
         """What is known of every rank, in order; this one knows best of itself."""
@@ -117,14 +117,15 @@ class Watchdog:
                 sign = Sign(**json.loads(text.partition(" ")[2]))
                 signs.append(replace(sign, idle=sign.idle + now - when, silent=now - when))
             else:
-                signs.append(Sign(rank, pulse.START_UP, -1, 0.0))
+                silent = now - self.began
+                signs.append(self._named(Sign(rank, pulse.START_UP, -1, silent, silent)))
         return signs
 
     def _gone(self, signs: list[Sign]) -> int | None:
         """A rank of this machine that has ended while this one waits and waits."""
         now = time.monotonic()
         for sign in signs:
-            is_near = sign.host == self.own["host"] and sign.pid and not sign.finished
+            is_near = sign.host == self.host and not sign.finished
             if not is_near or not is_gone(sign.pid, sign.born):
                 self.gone_since.pop(sign.rank, None)
                 continue
@@ -143,7 +144,7 @@ class Watchdog:
         time.sleep(max(0.0, until - time.monotonic()))
         known = [s if s.rank != self.place.rank else replace(s, stack=stack) for s in self._signs()]
         for sign in known:
-            if sign.host == self.own["host"] and sign.pid:
+            if sign.host == self.host:
                 kill_if_stopped(sign.pid, sign.born)
         report = f"no progress for {self.hang_seconds:g} s (resilience.hang_seconds): "
         self.leave(report + explain(known) + unfinished(), speaks)

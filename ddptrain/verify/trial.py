@@ -82,8 +82,7 @@ def run_trial(
     The ranks form a group of their own, and everything is built anew, as after a real start.
     """
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(trial.world_size)
-    # The number makes the trial an attempt: its ranks meet where no others have met.
-    its_place = replace(place, world_size=trial.world_size, restarts=trial.number)
+    its_place = replace(place, world_size=trial.world_size)
     ranks = Ranks(its_place, choose_device(config.train.device.name, place), TIMEOUT)
     outcome = _run(trial, config, steps, ranks, folder, look)
     # What DDP holds of the group must go before the group: it would end it with Python's lock

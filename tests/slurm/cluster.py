@@ -80,7 +80,13 @@ class Cluster:
 
     def hasten(self, job: int) -> None:
         """Wait until a job is requeued, and spare it Slurm's pause of two minutes."""
-        wait_until(lambda: self.state(job) == "PENDING", f"job {job} to stop", self._trouble)
+        # Until its nodes are idle, the end of its script is on its way to the controller, which
+        # would take it for that of the next start.
+        wait_until(
+            lambda: self.state(job) == "PENDING" and self._is_idle(),
+            f"job {job} to stop",
+            self._trouble,
+        )
         self._call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def signal(self, job: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What the kernel says of processes: whether one lives, or is stopped."""
+"""What the kernel says of processes: when one began, whether it lives, or is stopped."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+"""Ends a rank that something has stopped (SIGSTOP) and nobody continues; run as a script.
+
+A stopped process cannot watch over itself, and neither can the others if all are stopped, or are
+on other machines. torch's agent waits for it forever. So each rank that an agent has started has
+a small process beside it, which imports nothing and ends with its rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+POLL_SECONDS = 0.5
+AFTER_WATCHDOG_SECONDS = 3.0
+"""The other ranks' watchdogs come first: they say why."""
+
+
+def end_if_stopped(hang_seconds: float | None) -> None:
+    """Have this process killed once it has been stopped for so long, if an agent started it.
+
+    Without one it may have been a person, with Ctrl-Z.
+    """
+    if hang_seconds is None or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    seconds = str(hang_seconds + AFTER_WATCHDOG_SECONDS)
+    # Without site packages, and in a session of its own: a signal to the ranks is not for it.
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(os.getpid()), seconds],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={},
+        start_new_session=True,
+    )
+
+
+def watch(rank: int, seconds: float) -> None:
+    """Kill the process ``rank``, our parent, once it has been stopped for ``seconds``."""
+    since = None
+    while os.getppid() == rank:
+        now = time.monotonic()
+        since = (since or now) if _is_stopped(rank) else None
+        if since is not None and now - since > seconds:
+            os.kill(rank, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]), float(sys.argv[2]))

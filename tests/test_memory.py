@@ -1,0 +1,241 @@
+"""The last step is saved in memory whatever is in the way: a full one, damage, a slow disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+
+from ddptrain.checkpoint import leavings
+from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.media import Disk
+from ddptrain.checkpoint.memory import SLOTS, Memory
+from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.saved import MODEL
+from ddptrain.checkpoint.store import Store
+from ddptrain.files import Claim
+from ddptrain.state import State
+
+FORK = multiprocessing.get_context("fork")
+MEGABYTE = 2**20
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs is mounted by root alone")
+
+
+class Slow(Disk):
+    """A store that takes its time over every file."""
+
+    def put(self, folder: str, name: str, source: Path, promised: dict[str, Any]) -> None:
+        time.sleep(3.0)
+        super().put(folder, name, source, promised)
+
+
+def build(folder: Path, medium: Disk | None = None, shared: Path | None = None) -> Checkpoints:
+    memory = Memory([(shared or folder) / "memory", folder / "beside"])
+    store = Store(medium or Disk(folder / "checkpoints"))
+    return Checkpoints(store, memory, Retention(keep_last=2), "val/loss", {})
+
+
+def state(step: int, megabytes: float = 0.1) -> State:
+    weights = torch.full((int(megabytes * MEGABYTE / 4),), float(step))
+    numbers: dict[str, Any] = {"metrics": {}, "step_numbers": {}, "optimizer_numbers": {}}
+    return State(step, {MODEL: {"weight": weights}}, numbers)
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+def holds(where: str | None, step: int, megabytes: float = 0.1) -> bool:
+    """Whether there is a whole checkpoint of ``step`` at ``where``, with that step's weights."""
+    assert where is not None
+    folder = Path(where)
+    saved = build(folder.parent).read(step, Store(Disk(folder.parent)))
+    return torch.equal(
+        saved.tensors(MODEL)["weight"], state(step, megabytes).files[MODEL]["weight"]
+    )
+
+
+@contextlib.contextmanager
+def small_memory(folder: Path, megabytes: int) -> Iterator[Path]:
+    folder.mkdir()
+    size = f"size={megabytes}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "small", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_damaged_snapshot_of_a_later_step_is_not_taken_for_the_rescue(tmp_path: Path) -> None:
+    kept = build(tmp_path)
+    kept.save(state(20), durable=False)
+    kept.settle()
+    file = tmp_path / "memory" / "step-00000020" / MODEL
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert holds(build(tmp_path).rescue(state(15), soon(), durable=False), 15)
+
+
+@pytest.mark.parametrize("there", [20, 21])
+def test_a_whole_snapshot_of_the_step_or_a_later_one_is_enough(tmp_path: Path, there: int) -> None:
+    kept = build(tmp_path)
+    kept.save(state(there), durable=False)
+    kept.settle()
+    where = build(tmp_path).rescue(state(20), soon(), durable=True)
+    assert where == str(tmp_path / "checkpoints" / f"step-{there:08d}")
+    assert holds(where, there)
+
+
+@root_only
+def test_a_full_memory_makes_room_by_older_snapshots(tmp_path: Path) -> None:
+    """Those of a dead keeper: a survivor that has none of its own can write only in their place."""
+    with small_memory(tmp_path / "shm", 7) as shared:
+        process = FORK.Process(target=_keep, args=[tmp_path, shared, (10, 20, 30)])
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        where = build(tmp_path, shared=shared).rescue(state(31, 2.0), soon(), durable=False)
+        assert holds(where, 31, 2.0)
+        assert where is not None
+        assert Path(where).parent == shared / "memory"
+
+
+def _keep(folder: Path, shared: Path, steps: tuple[int, ...]) -> None:
+    kept = build(folder, shared=shared)
+    for step in steps:
+        kept.save(state(step, 2.0), durable=False)
+        kept.settle()
+
+
+@root_only
+def test_where_there_is_no_room_in_memory_it_goes_beside_the_run(tmp_path: Path) -> None:
+    """As in a container, whose /dev/shm has 64 MB unless somebody asks for more."""
+    with small_memory(tmp_path / "shm", 1) as shared:
+        (shared / "filler").write_bytes(b"0" * (MEGABYTE - 4096))
+        kept = build(tmp_path, shared=shared)
+        kept.memory.sign(tmp_path, "identity")
+        kept.save(state(30, 2.0), durable=False)  # snapshots, too
+        kept.settle()
+        assert kept.memory.root == tmp_path / "beside"
+        where = build(tmp_path, shared=shared).rescue(state(31, 2.0), soon(), durable=False)
+        assert holds(where, 31, 2.0)
+        assert where is not None
+        assert Path(where).parent == tmp_path / "beside"
+
+
+def test_a_rescue_does_not_wait_for_a_checkpoint_on_its_way_to_a_slow_store(tmp_path: Path) -> None:
+    kept = build(tmp_path, Slow(tmp_path / "checkpoints"))
+    kept.save(state(30), durable=True)
+    where = kept.rescue(state(31), soon(), durable=True)
+    assert not kept.writer.has_ended(time.monotonic())
+    assert holds(where, 31)
+    assert where is not None
+    assert Path(where).parent == tmp_path / "memory"
+
+
+def test_all_slots_in_use_keep_nobody_from_a_rescue(tmp_path: Path) -> None:
+    kept = build(tmp_path)
+    for slot in kept.memory.slots:
+        slot.busy = True
+    assert holds(kept.rescue(state(31), soon(), durable=False), 31)
+
+
+def test_survivors_of_a_node_save_one_copy_of_each_step(tmp_path: Path) -> None:
+    """Four that are at most a step apart: two copies, however many they are."""
+    survivors = [
+        FORK.Process(target=_rescue, args=[tmp_path, 31 + number % 2, number])
+        for number in range(4)
+    ]
+    for survivor in survivors:
+        survivor.start()
+    for survivor in survivors:
+        survivor.join()
+        assert survivor.exitcode == 0
+    names = {path.name for path in (tmp_path / "memory").iterdir() if path.is_dir()}
+    assert "step-00000032" in names
+    assert names <= {"step-00000031", "step-00000032"}
+
+
+def _rescue(folder: Path, step: int, number: int) -> None:
+    taken = []
+    kept = build(folder)
+    take = kept.memory.take
+    kept.memory.take = lambda *given: (taken.append(given), take(*given))[1]  # type: ignore[method-assign]
+    assert kept.rescue(state(step), soon(), durable=False) is not None
+    (folder / f"taken-{number}").write_text(str(len(taken)))
+    copies = [int(file.read_text()) for file in folder.glob("taken-*")]
+    assert sum(copies) <= 2
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    kept = build(tmp_path)
+    for step in range(1, 12):
+        kept.save(state(step), durable=step % 3 == 0)
+        folders = [path for path in (tmp_path / "memory").iterdir() if path.is_dir()]
+        assert len(folders) <= SLOTS
+    kept.settle()
+
+
+def left(folder: Path, age: float, identity: str = "one", status: str | None = None) -> Path:
+    """A run of the ``identity`` "one", and a memory that is that old; return the memory."""
+    run, memory = folder / "run", folder / "shared" / uuid4().hex
+    run.mkdir(exist_ok=True)
+    (run / ".identity").write_text("one")
+    if status is not None:
+        (run / "result.json").write_text(json.dumps({"status": status}))
+    leavings.sign(memory, run, identity)
+    os.utime(memory, (time.time() - age, time.time() - age))
+    return memory
+
+
+DAY = 24 * 3600.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stays"),
+    [
+        ({"age": 1.0}, True),
+        ({"age": 6 * DAY, "status": "stopped"}, True),
+        ({"age": 8 * DAY}, False),
+        ({"age": 1.0, "status": "completed"}, False),
+        ({"age": 1.0, "identity": "of a run that was deleted"}, False),
+    ],
+)
+def test_what_runs_have_left_goes_when_nobody_needs_it(
+    tmp_path: Path, arguments: dict[str, Any], stays: bool
+) -> None:
+    memory = left(tmp_path, **arguments)
+    leavings.delete_abandoned(tmp_path / "shared" / "own")
+    assert memory.exists() == stays
+
+
+def test_the_memory_of_a_run_that_lives_stays_whatever_the_clock_says(tmp_path: Path) -> None:
+    memory = left(tmp_path, 30 * DAY)
+    ready, done = FORK.Event(), FORK.Event()
+    process = FORK.Process(target=_hold, args=[tmp_path / "run", ready, done])
+    process.start()
+    assert ready.wait(20)
+    leavings.delete_abandoned(tmp_path / "shared" / "own")
+    assert memory.exists()
+    done.set()
+    process.join()
+    leavings.delete_abandoned(tmp_path / "shared" / "own")
+    assert not memory.exists()
+
+
+def _hold(run: Path, ready: Any, done: Any) -> None:
+    claim = Claim(run)
+    claim.take()
+    ready.set()
+    done.wait(20)
