@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddptrain import failpoints
 from ddptrain.checkpoint.checkpoints import Checkpoints
-from ddptrain.checkpoint.media import Disk
+from ddptrain.checkpoint.media import Disk, Remote
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.recovery import recover
 from ddptrain.checkpoint.retention import Retention
@@ -36,9 +36,10 @@ def ranks() -> Ranks:
     return Ranks(Place(), torch.device("cpu"), timedelta(minutes=1))
 
 
-def build(folder: Path) -> Checkpoints:
+def build(folder: Path, is_remote: bool = False) -> Checkpoints:
     memory = Memory([folder / "memory", folder / "beside"])
-    store = Store(Disk(folder / "checkpoints"))
+    disk = folder / "checkpoints"
+    store = Store(Remote(f"file://{disk}") if is_remote else Disk(disk))
     return Checkpoints(store, memory, Retention(keep_last=2), "val/loss", {})
 
 
@@ -55,7 +56,7 @@ def save(kept: Checkpoints, step: int, durable: bool) -> None:
 def train(folder: Path, first: int, last: int, point: str = "", hit: int = 0) -> None:
     """Go on from what is there, save every step in memory and every other one in the store."""
     failpoints._armed, failpoints._left = point, hit
-    kept = build(folder)
+    kept = build(folder, is_remote=point.startswith("remote:"))
     saved = recover(kept, ranks())
     assert (saved is None) == (first == 0)
     failpoints.reach("restore: put back")

@@ -27,7 +27,8 @@ from ddptrain.checkpoint.saved import MODEL, OPTIMIZER, capture
 from ddptrain.checkpoint.store import MANIFEST, Store
 from ddptrain.errors import CheckpointError
 
-FLIPS = 200
+FLIPS = 334
+"""Of each of three files."""
 FACTS: dict[str, Any] = {"config": {"seed": 3, "optim": {"lr": 1e-5}}, "versions": {"torch": "2"}}
 
 

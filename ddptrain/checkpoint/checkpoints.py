@@ -95,7 +95,8 @@ class Checkpoints:
                 self.memory.seal(slot, self._manifest(state))
                 there = self.memory.stores[slot.tier], state.step
         store, step = there
-        if durable and self.writer.has_ended(min(until, time.monotonic() + STORE_SECONDS)):
+        durable = durable and self.writer.has_ended(min(until, time.monotonic() + STORE_SECONDS))
+        if durable and time.monotonic() < until:
             try:
                 self._make_durable(store, step)
             except (OSError, TrainingError) as error:
@@ -202,7 +203,11 @@ class Checkpoints:
         From an index: a step does not wait for a store that may be far away.
         """
         if self.index is None:
-            self.index, _ = self._stored()
+            try:
+                self.index, _ = self._stored()
+            except OSError as error:
+                logger.warning("which checkpoints are the best is not known now: %s", error)
+                return {}
         job = self.writer.pending()
         return self.index if job is None else {**self.index, job.step: job.manifest["metrics"]}
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import wraps
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from ddptrain.errors import Refused
 from ddptrain.failpoints import reach
 from ddptrain.files import flush
 
 Digest = dict[str, Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
+BLOCK = 2**22
 
 
 class Medium(Protocol):
@@ -124,6 +128,21 @@ class Disk:
         return str(self.root / folder / name)
 
 
+def _as_disks_do(method: Method) -> Method:
+    """Raise ``OSError`` for whatever a library of fsspec's raises: no network, no credentials."""
+
+    @wraps(method)
+    def guarded(self: Remote, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(0, f"{type(error).__name__}: {error}", self.url) from error
+
+    return cast("Method", guarded)
+
+
 class Remote:
     """A path that fsspec knows, such as ``s3://bucket/runs/1``: an object appears whole."""
 
@@ -137,44 +156,61 @@ class Remote:
         self.url = url.rstrip("/")
         self.root = self.root.rstrip("/")
 
+    @_as_disks_do
     def folders(self) -> list[str]:
         self.files.invalidate_cache()
         found = self.files.find(self.root)
         prefix = len(self.root.lstrip("/")) + 1
         return sorted({path.lstrip("/")[prefix:].partition("/")[0] for path in found})
 
+    @_as_disks_do
     def holds(self, folder: str, name: str) -> bool:
         return bool(self.files.exists(self._path(folder, name)))
 
+    @_as_disks_do
     def read(self, folder: str, name: str) -> bytes:
         return bytes(self.files.cat_file(self._path(folder, name)))
 
+    @_as_disks_do
     def digest(self, folder: str, name: str) -> Digest:
-        content = self.read(folder, name)
-        return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        digest, size = sha256(), 0
+        with self.files.open(self._path(folder, name), "rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                size += len(block)
+        return {"bytes": size, "sha256": digest.hexdigest()}
 
+    @_as_disks_do
     def make(self, folder: str) -> None:
         self.clear(folder)
         self.files.makedirs(self._path(folder, ""), exist_ok=True)
 
+    @_as_disks_do
     def put(self, folder: str, name: str, source: Path, promised: Digest) -> None:
         self.files.put_file(str(source), self._path(folder, name))
-        size = self.files.info(self._path(folder, name))["size"]
-        if size != promised["bytes"]:
+        reach("remote: file put")
+        found = self.digest(folder, name)
+        if found != promised:
             path = self.where(folder, name)
-            raise OSError(0, f"{size} bytes arrived of {promised['bytes']}", path)
+            raise OSError(0, f"read back as {found}, written as {promised}", path)
 
+    @_as_disks_do
     def write(self, folder: str, name: str, content: bytes) -> None:
         self.files.pipe_file(self._path(folder, name), content)
+        reach("remote: manifest written")
 
+    @_as_disks_do
     def remove(self, folder: str, name: str) -> None:
         if self.holds(folder, name):
             self.files.rm_file(self._path(folder, name))
+            reach("remote: manifest removed")
 
+    @_as_disks_do
     def clear(self, folder: str) -> None:
         self.files.invalidate_cache()
         for path in self.files.find(self._path(folder, "")):
             self.files.rm_file(path)
+            reach("remote: one file removed")
         if self.files.isdir(self._path(folder, "")):
             self.files.rmdir(self._path(folder, ""))
 

@@ -19,6 +19,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between tries to write what could not be written, doubled each time."""
 PATIENCE = 10.0
 """Seconds that the end of a run waits for a store that cannot be written to."""
+LOUD_SECONDS = 600.0
+"""A store that has failed for so long is told of again, and then after twice as long each time."""
 NICENESS = 10
 """The thread gives way to the step, which needs the same cores."""
 
@@ -59,6 +61,8 @@ class Writer:
         self.pause = FIRST_PAUSE
         self.problem: Exception | None = None
         self.told: set[str] = set()
+        self.failing_since: float | None = None
+        self.patience = LOUD_SECONDS
         self.thread: threading.Thread | None = None
 
     def slot(self) -> Slot:
@@ -187,6 +191,7 @@ class Writer:
         with self.changed:
             self.owed = None
             self.pause = FIRST_PAUSE
+            self.failing_since, self.patience = None, LOUD_SECONDS
             if self.problem is not None:
                 logger.warning("checkpoints can be written again: step %s is safe", job.step)
             self.problem = None
@@ -194,6 +199,17 @@ class Writer:
     def _tell(self, job: Job, error: Exception) -> None:
         self.problem = error
         cause = f"{type(error).__name__} {getattr(error, 'errno', '')}"
+        now = time.monotonic()
+        self.failing_since = self.failing_since or now
+        if now - self.failing_since > self.patience:
+            self.patience *= 2
+            logger.warning(
+                "nothing has become durable for %.0f min: if this node is lost now, what was done "
+                "since is lost; the checkpoint of step %s is in memory only: %s",
+                (now - self.failing_since) / 60,
+                job.step,
+                error,
+            )
         if cause not in self.told:
             self.told.add(cause)
             logger.warning(

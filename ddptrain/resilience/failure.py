@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from ddptrain.errors import EXIT_FAILED, PeerFailed, TrainingError
+from ddptrain.errors import EXIT_FAILED, DataError, PeerFailed, TrainingError
 from ddptrain.place import Place
 
 COLLECTIVE_CODE = ("torch/distributed/", "torch/nn/parallel/")
@@ -44,7 +44,7 @@ def exit_with(
             "the first error is in that rank's log"
         )
     line = f"{place.name}: {context}{summary(error)}"
-    details = "" if isinstance(error, TrainingError) else _traceback(error)
+    details = _details(error)
     logger.debug("reported:\n%s", line)
     tell_agent(f"{details}{line}")
     if on_screen:
@@ -90,8 +90,24 @@ def is_first_to_say() -> bool:
 def summary(error: BaseException) -> str:
     """One line."""
     if isinstance(error, TrainingError):
-        return str(error)
+        return _lines(error)[-1]
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _lines(error: TrainingError) -> list[str]:
+    """The message; if a loading worker raised it, torch has put the traceback there before it."""
+    *before, last = str(error).strip().splitlines() or [""]
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return [*before, last.removeprefix(name)]
+
+
+def _details(error: BaseException) -> str:
+    """What precedes the one line: where in whose code it happened, if that was not ours."""
+    if not isinstance(error, TrainingError):
+        return _traceback(error)
+    if isinstance(error, DataError) and error.__cause__ is not None:
+        return _traceback(error.__cause__)
+    return "".join(f"{line}\n" for line in _lines(error)[:-1])
 
 
 def _traceback(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from ddptrain.place import Place
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SIDE_SHARE = 0.3
 """The last part of the grace, in which a rank that could not stop saves from the side."""
-ECHO_SECONDS = 1.0
+ECHO_SECONDS = 0.5
 """A second Ctrl-C within so long is the first, handed on by the agent that got it as well."""
 ORPHAN_SECONDS = 1.5
 """An orphan has so long to save its state in memory; by then it has ended in any case."""
@@ -91,7 +91,7 @@ class StopRequest:
         """The agent was killed: nobody will look after this rank, and another may take over."""
         faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
         until = time.monotonic() + ORPHAN_SECONDS / 2
-        place = self.rescue(until, False) if self.rescue is not None else None
+        place = self.rescue(until, True) if self.rescue is not None else None
         saved = f"the last finished step is saved in {place}" if place else "nothing new to save"
         self._leave(f"the process that started this rank has gone; {saved}", EXIT_FAILED)
 
