@@ -1,18 +1,23 @@
 """Hundreds of faults at random moments: what they cost, and whether every run ended the same.
 
-``PYTHONPATH=tests python benchmarks/chaos.py --faults 200 --seed 1``: a Markdown table by kind of
-fault, and JSON with every fault. Exits with 1 if a run did not end as an undisturbed one does.
+``python benchmarks/chaos.py --faults 200 --seed 1``: a Markdown table by kind of fault, and JSON
+with every fault. Every fourth run is of two nodes. Exits with 1 if a run did not end as an
+undisturbed one does. ``--mean-seconds 60 --faults 25`` is one run with faults at any time, so far
+apart on average, for its goodput: seconds of steps that counted ÷ all seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -21,12 +26,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from chaos import hangs
-from chaos.checks import undisturbed, work_of
-from chaos.kinds import named, needs_workers
-from chaos.operator import Event, Fault, Operator, StoryFailed
+from chaos import hangs, kinds, machine, network
+from chaos.checks import lost, undisturbed, work_of
+from chaos.operator import Fault, StoryFailed
 from chaos.setting import LAUNCHERS, Setting
 from chaos.story import at_random, tell
+
+STEP_SECONDS = 0.2
+"""Of a run whose faults are minutes apart: long enough that few steps make many minutes."""
+EXPECTED_GOODPUT = 0.93
+APART = "CHAOS_APART"
+SHARED = Path(f"/dev/shm/ddptrain-{os.getuid()}")
 
 
 @dataclass
@@ -45,36 +55,65 @@ class Told:
     problem: str
 
 
-def lost(story: Operator, event: Event) -> int:
-    """The finished steps that were done again on account of a fault."""
-    until = event.at + (event.regained or 0.0)
-    begun = [step for a in story.trace.attempts for step, t in a.begun if event.at < t < until]
-    return sum(step < event.frontier for step in begun)
-
-
-def one_story(faults: list[Fault], seed: int, options: argparse.Namespace) -> Told:
-    """Tell one story; its folder is kept if it went wrong."""
+@contextmanager
+def the_setting(
+    faults: list[Fault], two_nodes: bool, seed: int, options: argparse.Namespace
+) -> Iterator[Setting]:
+    """A run, with what its faults need of the machine; its folder is kept if it went wrong."""
     random = Random(seed)
     ranks, launcher = random.choice(options.ranks), random.choice(options.launchers)
-    workers = random.choice(options.workers) or int(needs_workers(faults))
+    workers = random.choice(options.workers) or int(kinds.needs_workers(faults))
     folder = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-"))
-    setting = Setting(
-        folder, ranks, options.steps, workers, launcher, overrides=tuple(hangs.OVERRIDES)
-    )
-    story = at_random(faults, setting, seed, max(2, int(1.8 * options.steps / len(faults))))
+    overrides = hangs.OVERRIDES
+    if options.mean_seconds is not None:
+        overrides = (*overrides, f"task.seconds={STEP_SECONDS}")
+    common: dict[str, Any] = {"steps": options.steps, "workers": workers, "overrides": overrides}
+    with ExitStack() as stack:
+        if two_nodes:
+            nodes = network.TwoNodes(folder, **common)
+            stack.enter_context(nodes.network())
+            yield nodes
+        else:
+            if machine.clock_unavailable() is None:
+                common["variables"] = machine.own_clock(folder / "clock")
+            setting = Setting(folder, ranks, launcher=launcher, **common)
+            if machine.disk_unavailable() is None:
+                stack.enter_context(machine.small_disk(setting.run, mebibytes=16))
+                stack.enter_context(machine.small_disk(SHARED, mebibytes=8))
+            if machine.memory_unavailable() is None:
+                stack.enter_context(machine.small_memory())
+            yield setting
+    shutil.rmtree(folder)
+
+
+def one_story(faults: list[Fault], two_nodes: bool, seed: int, options: argparse.Namespace) -> Told:
+    """Tell one story."""
+    try:
+        with the_setting(faults, two_nodes, seed, options) as setting:
+            told = tell_it(faults, setting, seed, options)
+            if told.problem:
+                raise StoryFailed(told.problem)
+    except StoryFailed as failure:
+        print(f"\nstory {seed} went wrong, see {setting.folder}:\n{failure}\n", file=sys.stderr)
+    return told
+
+
+def tell_it(faults: list[Fault], setting: Setting, seed: int, options: argparse.Namespace) -> Told:
+    """Tell a story; return what came of it."""
+    between = max(2, int(1.8 * options.steps / len(faults)))
+    story = at_random(faults, setting, seed, between, options.mean_seconds)
+    ranks, workers, launcher = setting.ranks, setting.workers, setting.launcher
     undisturbed(ranks, options.steps, workers, setting.overrides)
     began = time.monotonic()
     problem = ""
     try:
-        tell(story)
+        with redirect_stdout(None):
+            tell(story)
     except StoryFailed as failure:
         problem = str(failure)
-        print(f"\nstory {seed} went wrong, see {folder}:\n{failure}\n", file=sys.stderr)
     did = work_of(story)
     ended = story.starts[-1].ended or time.monotonic()
     events = [{**asdict(e), "at": e.at - began, "lost": lost(story, e)} for e in story.events]
-    if not problem:
-        shutil.rmtree(folder)
     return Told(
         seed, ranks, launcher, workers, events, len(story.starts), ended - began,
         did.counted_seconds, did.lost_least, problem,
@@ -106,9 +145,10 @@ def totals(stories: list[Told]) -> str:
     counted = sum(story.counted_seconds for story in stories)
     wrong = [story.seed for story in stories if story.problem]
     return (
-        f"{faults} faults in {len(stories)} runs, started {sum(s.starts for s in stories)} times "
+        f"{faults} faults in {len(stories)} runs, one in {wall / max(1, faults):.1f} s, "
+        f"started {sum(s.starts for s in stories)} times "
         f"by the operator; {sum(s.lost_steps for s in stories)} steps lost, "
-        f"{wall - counted:.0f} of {wall:.0f} s lost, goodput {counted / max(wall, 1e-9):.0%}; "
+        f"{wall - counted:.0f} of {wall:.0f} s lost, goodput {counted / max(wall, 1e-9):.1%}; "
         f"{len(stories) - len(wrong)} runs ended with the bits of an undisturbed one"
         + (f", {len(wrong)} did not: seeds {wrong}" if wrong else "")
     )
@@ -119,28 +159,59 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[], help="parts of names; none means all")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--mean-seconds", type=float, help="one run, with faults at any time")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--launchers", nargs="+", default=list(LAUNCHERS), choices=LAUNCHERS)
     parser.add_argument("--steps", type=int, default=150, help="steps of a run")
     parser.add_argument("--faults-of-a-run", type=int, default=16)
     parser.add_argument("--json", type=Path, default=Path("chaos.json"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.mean_seconds is not None:
+        options.faults_of_a_run = options.faults
+        seconds = EXPECTED_GOODPUT * options.faults * options.mean_seconds
+        options.steps = int(seconds / STEP_SECONDS)
+    return options
+
+
+class Deck:
+    """Faults of some kinds in a random order, each kind as often as any other."""
+
+    def __init__(self, of: list[Fault], random: Random) -> None:
+        self.of, self.random = of, random
+        self.left: list[Fault] = []
+
+    def draw(self, count: int) -> list[Fault]:
+        while len(self.left) < count:
+            self.left += self.random.sample(self.of, len(self.of))
+        drawn, self.left = self.left[:count], self.left[count:]
+        return drawn
+
+
+def with_mounts_of_its_own() -> None:
+    """Go on where nobody else sees the small disks that are mounted."""
+    if machine.disk_unavailable() is None and APART not in os.environ:
+        os.environ[APART] = "1"
+        command = ["unshare", "--mount", sys.executable, *sys.argv]
+        os.execvp(command[0], command)
 
 
 def main() -> int:
     options = parse()
-    kinds = named(*options.kinds)
+    with_mounts_of_its_own()
     random = Random(options.seed)
-    print(f"seed {options.seed}; {len(kinds)} kinds; {options.faults} faults", flush=True)
-    deck: list[Fault] = []
+    one_node = Deck(kinds.named(*options.kinds), random)
+    two_nodes = Deck([] if options.kinds else kinds.ON_TWO_NODES, random)
+    print(f"seed {options.seed}; {options.faults} faults of {len(one_node.of)} kinds on one node, "
+          f"{len(two_nodes.of)} on two", flush=True)  # fmt: skip
+    for reason in kinds.left_out():
+        print(f"left out: {reason}", flush=True)
     stories: list[Told] = []
     while (left := options.faults - sum(len(story.events) for story in stories)) > 0:
-        size = min(left, options.faults_of_a_run)
-        while len(deck) < size:
-            deck += random.sample(kinds, len(kinds))
-        faults, deck = deck[:size], deck[size:]
-        stories.append(one_story(faults, random.randrange(10**6), options))
+        is_of_two = options.mean_seconds is None and len(stories) % 4 == 3 and bool(two_nodes.of)
+        size = min(left, options.faults_of_a_run // (2 if is_of_two else 1))
+        faults = (two_nodes if is_of_two else one_node).draw(size)
+        stories.append(one_story(faults, is_of_two, random.randrange(10**6), options))
         options.json.write_text(json.dumps([asdict(story) for story in stories], indent=1))
         print(totals(stories), flush=True)
     print(f"\n{table(stories)}")

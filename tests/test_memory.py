@@ -239,3 +239,14 @@ def _hold(run: Path, ready: Any, done: Any) -> None:
     claim.take()
     ready.set()
     done.wait(20)
+
+
+def test_what_changes_right_after_a_save_is_not_in_the_checkpoint(tmp_path: Path) -> None:
+    """The caller goes on at once, while checksums and the copy to the disk are still to come."""
+    kept = build(tmp_path, Slow(tmp_path / "checkpoints"))
+    living = state(7)
+    kept.save(living, durable=True)
+    living.files[MODEL]["weight"].fill_(float("nan"))
+    kept.settle()
+    for folder in ("checkpoints", "memory"):
+        assert holds(str(tmp_path / folder / "step-00000007"), 7)

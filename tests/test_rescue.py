@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -198,9 +199,11 @@ def test_a_rank_that_cannot_stop_saves_from_the_side(tmp_path: Path) -> None:
 def test_a_step_that_fails_three_times_ends_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [*LAUNCHED, *RUN, f"run.dir={run_dir}", "launch.max_restarts=9"]
-    ended, err = finish(start([*command, "data.train.fail_at=17", "data.shuffle=false"]))
+    ended, err = finish(start([*command, "data.train.fail_at=60", "data.shuffle=false"]))
     assert ended == 1
     starts = read_json_lines(run_dir / "attempts.jsonl")
-    assert len(starts) == 3 if starts[-1]["step"] else len(starts) == 1
+    assert [line["step"] for line in starts] == [0, 2, 2]
     last = err.strip().splitlines()[-1]
-    assert "sample 17: ValueError: the file is corrupt" in last
+    assert last.startswith("ddptrain: step 2 has failed 3 times in a row, so this run is not")
+    assert re.search(r"samples \d+.*: sample 60: ValueError: the file is corrupt$", last)
+    assert 'raise ValueError("the file is corrupt")' in err  # the user's own traceback

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -190,10 +191,23 @@ def _serve_the_rank(_: int) -> None:
     which it needs this worker. SIGTERM counts if it comes from the rank.
     """
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    ignored = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     threading.Thread(target=_end_when_told, args=[os.getppid()], daemon=True).start()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait: one that came between the fork of a worker and its first line would end it."""
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_when_told(rank: int) -> None:
@@ -222,7 +236,9 @@ class _Watched:
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self.batches
+            with _signals_held():
+                batches = iter(self.batches)  # where workers are forked
+            yield from batches
         except RuntimeError as error:
             raise DataError(f"{self.label}: a loading worker died: {error}") from error
 

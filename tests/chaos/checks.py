@@ -14,13 +14,19 @@ from re import fullmatch
 from tempfile import mkdtemp
 from typing import Any
 
-from chaos.operator import Operator
+from chaos import hangs
+from chaos.operator import Event, Operator
 from chaos.processes import wait_for_none
 from chaos.setting import Setting
 from chaos.trace import Work, work
 from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.store import Store
 
+HANGS = tuple(fault.name for fault in hangs.ALL)
+HANG_SECONDS = hangs.SECONDS
+REPORT_SECONDS = 5.0
+RESTART_SECONDS = 25.0
+"""A start takes five seconds, on a machine that does nothing else."""
 QUIET_SECONDS = 2.5
 """What was left behind by a killed agent has ended after 1.5 s."""
 
@@ -74,7 +80,41 @@ def problems(story: Operator) -> list[str]:
     clean = undisturbed(setting.ranks, setting.steps, setting.workers, setting.overrides)
     there = outcome(setting.run, setting.steps)
     found += [*differences(clean, there), *ledger(story, there.result)]
-    return found
+    return [*found, *story.outlived, *lost_for_nothing(story), *late(story)]
+
+
+def lost(story: Operator, event: Event) -> int:
+    """The finished steps that were done again on account of a fault."""
+    begun = [step for a in story.trace.attempts for step, t in a.begun if event.at < t < event.over]
+    return sum(step < event.frontier for step in begun)
+
+
+def _alone(story: Operator) -> list[Event]:
+    """The faults that came while no other one had still to be made good."""
+    return [
+        event
+        for event in story.events
+        if not any(e is not event and e.at < event.over and event.at < e.over for e in story.events)
+    ]
+
+
+def lost_for_nothing(story: Operator) -> list[str]:
+    """Steps that were lost although a replica lived."""
+    return [
+        f"{event.kind}: {steps} finished steps were done again"
+        for event in _alone(story)
+        if event.spares and (steps := lost(story, event))
+    ]
+
+
+def late(story: Operator) -> list[str]:
+    """Hangs that were not ended in time."""
+    limit = HANG_SECONDS + REPORT_SECONDS + RESTART_SECONDS
+    return [
+        f"{event.kind}: it took {event.regained:.1f} s to go on"
+        for event in _alone(story)
+        if event.kind in HANGS and event.regained is not None and event.regained > limit
+    ]
 
 
 def differences(clean: Outcome, found: Outcome) -> list[str]:

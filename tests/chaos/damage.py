@@ -42,6 +42,7 @@ class Damage:
     harm: Harm
     in_memory: bool
     stops: bool = False
+    spares: bool = False
 
     def inject(self, context: Context) -> bool:
         setting = context.setting

@@ -33,7 +33,9 @@ def all_ranks(context: Context) -> list[Process]:
 
 
 def agent(context: Context) -> list[Process]:
-    return [p for p in context.processes() if p.pid in context.agents()]
+    """Of several nodes, one."""
+    agents = [p for p in context.processes() if p.pid in context.agents()]
+    return [context.random.choice(agents)] if agents else []
 
 
 def loading_worker(context: Context) -> list[Process]:
@@ -54,9 +56,12 @@ class Signal:
     number: Signals
     choice: Choice
     stops: bool = False
+    spares: bool = True
 
     def inject(self, context: Context) -> bool:
         chosen = self.choice(context)
+        if self.number is SIGKILL and self.choice is agent and len(context.agents()) == 1:
+            context.doomed = frozenset(p.pid for p in context.processes())
         send(self.number, chosen)
         return bool(chosen)
 
@@ -67,6 +72,7 @@ class Tree:
 
     name: str = "SIGKILL of everything"
     stops: bool = False
+    spares: bool = False
 
     def inject(self, context: Context) -> bool:
         kill_all(context.setting.mark)
@@ -80,6 +86,7 @@ class Impatient:
     name: str = "SIGTERM, SIGKILL after 1 s"
     seconds: float = 1.0
     stops: bool = False
+    spares: bool = False
 
     def inject(self, context: Context) -> bool:
         send(SIGTERM, agent(context))
@@ -91,7 +98,7 @@ class Impatient:
 KILLS: list[Fault] = [
     Signal("SIGKILL of a rank that is not 0", SIGKILL, one_rank),
     Signal("SIGKILL of rank 0", SIGKILL, first_rank),
-    Signal("SIGKILL of all ranks", SIGKILL, all_ranks),
+    Signal("SIGKILL of all ranks", SIGKILL, all_ranks, spares=False),
     Signal("SIGKILL of the agent", SIGKILL, agent),
     Tree(),
 ]

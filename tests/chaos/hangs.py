@@ -8,7 +8,8 @@ from signal import SIGSTOP
 from chaos.faults import Signal, any_rank
 from chaos.operator import Context, Fault
 
-OVERRIDES = ("resilience.hang_seconds=5",)
+SECONDS = 5
+OVERRIDES = (f"resilience.hang_seconds={SECONDS}",)
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Sleep:
 
     name: str = "data loader that sleeps"
     stops: bool = False
+    spares: bool = True
 
     def inject(self, context: Context) -> bool:
         (context.setting.notes / "sleep").touch()

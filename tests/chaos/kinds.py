@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chaos import machine, network
 from chaos.damage import DAMAGE
 from chaos.faults import KILLS, LOADING, STOPS
 from chaos.hangs import ALL as HANGS
 from chaos.operator import Fault
 
 KINDS: list[Fault] = [*KILLS, *STOPS, *DAMAGE, *LOADING, *HANGS]
+if machine.disk_unavailable() is None:
+    KINDS += [machine.Full(seconds=6.0), machine.FullMemory(seconds=6.0)]
+if machine.clock_unavailable() is None:
+    KINDS += [machine.Jump(3600), machine.Jump(-3600)]
+if machine.memory_unavailable() is None:
+    KINDS += [machine.OutOfMemory()]
+ON_TWO_NODES: list[Fault] = []
+if network.unavailable() is None:
+    ON_TWO_NODES += [*KILLS[:2], KILLS[3], *HANGS, network.Cut(5.0), network.Cut(None)]
+
+
+def left_out() -> list[str]:
+    """Why some kinds cannot be had on this machine."""
+    reasons = [
+        machine.disk_unavailable(),
+        machine.clock_unavailable(),
+        machine.memory_unavailable(),
+        network.unavailable(),
+    ]
+    return [reason for reason in reasons if reason is not None]
 
 
 def named(*parts: str) -> list[Fault]:

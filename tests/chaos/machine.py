@@ -47,15 +47,29 @@ class Full:
     seconds: float
     name: str = "full disk"
     stops: bool = False
+    spares: bool = True
+
+    def place(self, context: Context) -> Path:
+        return context.setting.run
 
     def inject(self, context: Context) -> bool:
-        filler = context.setting.run / "filler"
+        filler = self.place(context) / "filler"
         with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
             for size in (2**16, 2**12, 1):
                 _fill(stream.fileno(), b"\0" * size)
         context.excused_until = time.monotonic() + self.seconds
         threading.Timer(self.seconds, filler.unlink).start()
         return True
+
+
+@dataclass(frozen=True)
+class FullMemory(Full):
+    """The file system of the node's memory has no byte left, for some seconds."""
+
+    name: str = "full memory"
+
+    def place(self, context: Context) -> Path:
+        return context.setting.memories()[0].parent
 
 
 def _fill(descriptor: int, block: bytes) -> None:
@@ -86,6 +100,7 @@ class Jump:
 
     seconds: int
     stops: bool = False
+    spares: bool = True
 
     @property
     def name(self) -> str:
@@ -102,16 +117,16 @@ class Jump:
 def memory_unavailable() -> str | None:
     if os.geteuid() != 0:
         return "a memory cgroup can be made by root alone"
-    if _memory_cgroups() is None:
+    if _small_group() is None:
         return f"there is no memory cgroup that can be written to under {CGROUPS}"
     return None
 
 
-def _memory_cgroups() -> tuple[Path, str] | None:
-    """Where memory cgroups can be made, and the name of their limit."""
+def _small_group() -> tuple[Path, str] | None:
+    """The memory cgroup that this process may make, and the name of its limit."""
     candidates = [(CGROUPS / "memory", "memory.limit_in_bytes"), (CGROUPS, "memory.max")]
     for parent, limit in candidates:
-        group = parent / f"ddptrain-{os.getpid()}"
+        group = parent / f"ddptrain-{os.getpid()}-try"
         try:
             group.mkdir()
         except OSError:
@@ -119,38 +134,39 @@ def _memory_cgroups() -> tuple[Path, str] | None:
         there = (group / limit).exists()
         group.rmdir()
         if there:
-            return parent, limit
+            return parent / f"ddptrain-{os.getpid()}", limit
     return None
 
 
 @contextlib.contextmanager
-def small_memory() -> Iterator[Path]:
+def small_memory() -> Iterator[None]:
     """A memory cgroup that allows little, until the block ends."""
-    available = _memory_cgroups()
+    available = _small_group()
     assert available is not None
-    parent, limit = available
-    group = parent / f"ddptrain-{os.getpid()}"
+    group, limit = available
     group.mkdir()
     try:
         (group / limit).write_text(str(ALLOWANCE))
-        yield group
+        yield
     finally:
         group.rmdir()
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """A rank allocates memory in its next step until the kernel kills it."""
+    """A rank in ``small_memory`` allocates in its next step until the kernel kills it."""
 
-    group: Path
     name: str = "out of memory"
     stops: bool = False
+    spares: bool = True
 
     def inject(self, context: Context) -> bool:
         ranks = [p for p in context.processes() if p.is_rank]
         if not ranks:
             return False
         chosen = context.random.choice(ranks)
-        (self.group / "cgroup.procs").write_text(str(chosen.pid))
+        available = _small_group()
+        assert available is not None
+        (available[0] / "cgroup.procs").write_text(str(chosen.pid))
         (context.setting.notes / f"grow-{chosen.rank}").touch()
         return True

@@ -107,6 +107,7 @@ class Cut:
 
     seconds: float | None
     stops: bool = False
+    spares: bool = True
 
     @property
     def name(self) -> str:

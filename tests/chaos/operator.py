@@ -24,6 +24,8 @@ from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, EXIT_STOPPED
 POLL_SECONDS = 0.005
 STALL_SECONDS = 120.0
 """A run that begins no step and starts no rank for so long hangs."""
+GONE_SECONDS = 2.0
+"""So long what an agent has started may outlive it."""
 STRAGGLER_SECONDS = 10.0
 """How long the agent of one node may outlive that of another."""
 
@@ -49,6 +51,8 @@ class Context(Protocol):
     """Until then a start may fail that began while a fault lasts (monotonic seconds)."""
     repairs: list[Callable[[], None]]
     """What is to be done before the next start."""
+    doomed: frozenset[int]
+    """Processes that have to be gone soon after."""
 
     def processes(self) -> list[Process]: ...
 
@@ -56,13 +60,20 @@ class Context(Protocol):
 
 
 class Fault(Protocol):
-    """A kind of fault. ``stops`` tells one that asks a run to stop, which then loses no step."""
+    """A kind of fault.
+
+    ``stops`` tells one that asks a run to stop. ``spares`` tells one after which a replica lives
+    and can be reached, so that no finished step may be lost.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def stops(self) -> bool: ...
+
+    @property
+    def spares(self) -> bool: ...
 
     def inject(self, context: Context) -> bool:
         """Do it; False if there is nothing yet to do it to."""
@@ -80,8 +91,16 @@ class Event:
     frontier: int
     begun_before: int
     """Steps that this start of rank 0 had begun."""
+    spares: bool = False
     regained: float | None = None
     """Seconds until the run was further than it had been."""
+    doomed: frozenset[int] = frozenset()
+    """Processes that have to be gone ``GONE_SECONDS`` later."""
+
+    @property
+    def over(self) -> float:
+        """When it was made good."""
+        return self.at + (self.regained if self.regained is not None else float("inf"))
 
 
 @dataclass
@@ -111,6 +130,9 @@ class Operator:
     starts: list[Start] = field(default_factory=list)
     excused_until: float = 0.0
     repairs: list[Callable[[], None]] = field(default_factory=list)
+    doomed: frozenset[int] = frozenset()
+    """Processes that the fault that is being injected dooms: it may name some."""
+    outlived: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trace = Reader(self.setting.notes / "rank-0.trace")
@@ -158,6 +180,11 @@ class Operator:
                 if event.regained is None:
                     passed = self.trace.when_passed(event.frontier, event.at)
                     event.regained = None if passed is None else passed - event.at
+        for event in self.events:
+            if event.doomed and time.monotonic() > event.at + GONE_SECONDS:
+                left = [p for p in self.processes() if p.pid in event.doomed]
+                self.outlived += [f"{p.command} outlived its agent: {p.pid}" for p in left]
+                event.doomed = frozenset()
         if time.monotonic() - self.last_news > STALL_SECONDS:
             where = self.stacks(start)
             raise StoryFailed(f"nothing has happened for {STALL_SECONDS:g} s\n{where}")
@@ -193,13 +220,15 @@ class Operator:
         at, frontier = time.monotonic(), self.trace.frontier
         began = self.starts[-1].began
         begun = sum(len(a.begun) for a in self.trace.attempts if a.started > began)
+        self.doomed = frozenset()
         if not fault.inject(self):
             return
         self.faults.popleft()
         self.passed_at = None
         self.last_news = time.monotonic()
         number = self.starts[-1].number
-        self.events.append(Event(fault.name, fault.stops, moment, number, at, frontier, begun))
+        told = fault.name, fault.stops, moment, number, at, frontier, begun, fault.spares
+        self.events.append(Event(*told, doomed=self.doomed))
 
     def says_stopped(self) -> bool:
         """Whether the run itself says so: torchrun exits with 1 whatever its ranks exit with."""

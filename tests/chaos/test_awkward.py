@@ -66,8 +66,8 @@ def test_a_clock_that_jumps_an_hour(tmp_path: Path) -> None:
 
 def test_a_rank_that_takes_all_memory(tmp_path: Path) -> None:
     unless(machine.memory_unavailable())
-    with machine.small_memory() as group:
-        tell(story(plain(tmp_path), (machine.OutOfMemory(group), 13)))
+    with machine.small_memory():
+        tell(story(plain(tmp_path), (machine.OutOfMemory(), 13)))
 
 
 def test_a_link_that_is_cut_for_a_while(tmp_path: Path) -> None:
