@@ -50,7 +50,7 @@ def copies(root: Path) -> None:
             began = time.perf_counter()
             memory.take(slot, State(turn, {"model.safetensors": tensors}, {}))
             snapshots.append(time.perf_counter() - began)
-            memory.seal(slot, {"step": turn})
+            memory.seal(slot, memory.describe(slot, {"step": turn}))
             slot.busy = False
             began = time.perf_counter()
             for name, tensor in tensors.items():

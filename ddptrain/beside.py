@@ -9,26 +9,28 @@ from typing import Any
 
 import torch
 
-STUCK_SECONDS = 2.0
-"""What a stream has not done after so long, it waits for a rank that will not come."""
+PATIENCE = 0.5
+"""What a stream has not done after so many seconds may wait for a rank that will not come."""
 PAUSE = 0.01
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
+def beside(device: torch.device) -> Iterator[bool]:
     """Do what the block does with ``device`` after all that was asked of it, in any thread.
 
-    Or beside what it does, if that does not end: what follows there has not touched the weights.
+    Or beside that, if it does not end: the block gets True then, and has to see for itself that
+    what it reads is not being written.
     """
     if device.type != "cuda":
-        yield
+        yield False
         return
     with torch.cuda.device(device):  # each thread has a current device of its own
         asked: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         asked.record()
-        until = time.monotonic() + STUCK_SECONDS
+        until = time.monotonic() + PATIENCE
         while not asked.query() and time.monotonic() < until:
             time.sleep(PAUSE)
-        stream = None if asked.query() else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        is_behind = not asked.query()
+        stream = torch.cuda.Stream() if is_behind else None  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            yield
+            yield is_behind

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
@@ -40,7 +41,14 @@ class Claim:
     def take(self) -> None:
         """Claim the directory as a new start of the run. Raises ``Refused`` as ``try_out`` does."""
         self._wait()
-        write_over(self.folder / OWNER, self.token)
+        owner = self.folder / OWNER
+        try:
+            write_over(owner, self.token)
+        except OSError as error:
+            if not owner.exists():
+                raise
+            logger.warning("%s: %s; going on, for this run was begun before", owner, error)
+            self.token = owner.read_text()
 
     def try_out(self) -> None:
         """Raise ``Refused``, after ``LOCK_SECONDS``, if another process has the directory."""
@@ -74,7 +82,10 @@ class Claim:
         """Whether this process has the lock, or could have it now, or there are no locks here."""
         if self.file is not None:
             return True
-        file = (self.folder / LOCK).open("a+")
+        try:
+            file = (self.folder / LOCK).open("a+")
+        except OSError:  # a disk that cannot be written to: nobody else can, either
+            return True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -83,17 +94,28 @@ class Claim:
         except OSError:
             file.close()
             return True
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         self.file = file  # closing it would give up the claim
+        with suppress(OSError):  # who has it is for people to read
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         return True
+
+    def holds(self) -> bool:
+        """Whether this process may write now: it has the lock, and no other start has taken over.
+
+        False where the folder is not the one that was claimed, but another node's of that name.
+        """
+        try:
+            return (self.folder / OWNER).read_text() == self.token and self.lock()
+        except OSError:
+            return False
 
     def check(self) -> None:
         """Raise ``Superseded`` if another start of the run has the claim now."""
         try:
             owner = (self.folder / OWNER).read_text()
-        except FileNotFoundError:
+        except OSError:  # what cannot be read cannot be written to either, and says so itself
             return
         if owner != self.token:
             raise Superseded(

@@ -66,7 +66,7 @@ class Trainer(Run):
         try:
             done = self.setbacks.face(verdict)
         except NonFiniteError:
-            self.done, self.metrics = verdict.step, {}
+            self.done, self.metrics, self.record = verdict.step, {}, None
             self.write()
             self.checkpoints.settle()
             raise

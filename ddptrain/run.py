@@ -24,7 +24,7 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.preemption import StopRequest
 from ddptrain.setbacks import Setbacks
-from ddptrain.state import State, load_model, load_optimizer, model_tensors
+from ddptrain.state import State, load_model, load_optimizer, model_tensors, on_host
 from ddptrain.step import Step
 from ddptrain.tasks.task import Batch, Task
 
@@ -82,7 +82,7 @@ class Run:
         if saved is not None:
             self.done = saved.step
             saved.put_back(self.task, self.step.optimizer)
-            self.step.taken.fill_(self.done)
+            self.step.marks.set(self.done)
             self.step.load_numbers(saved.manifest["step_numbers"])
             self.metrics = saved.manifest["metrics"]
             self.line = saved.manifest.get("line", {})
@@ -108,7 +108,7 @@ class Run:
         load_model(self.task, model_tensors(self.rebuild()))
         numbers = beginning.numbers
         load_optimizer(self.task, self.step.optimizer, {}, numbers["optimizer_numbers"])
-        self.step.taken.zero_()
+        self.step.marks.set(0)
         self.step.load_numbers(numbers["step_numbers"])
 
     def set_right(self, error: DivergenceError) -> None:
@@ -117,15 +117,17 @@ class Run:
         Steps taken since then may have had a part of the wrong weights in their gradients. Raises
         ``error`` if it comes again.
         """
-        self.checkpoints.settle()
+        self.step.is_updating = True  # nothing of this is to be rescued
         if self.checkpoints.keeps_memory:
             self.checkpoints.memory.discard(self.replicas.agreed)
+        self.checkpoints.settle()
         self.diverged.append(error.step)
         if len(self.diverged) > DIVERGENCES or self.diverged.count(error.step) > 1:
             raise error
         self.ranks.barrier()  # nobody reads what another rank is about to delete
         self.observer.close()
         self.restore()
+        self.step.is_updating = False
         self.observer.divergence(self.done, str(error))
 
     def tell(self) -> None:
@@ -177,18 +179,31 @@ class Run:
         """
         if not self.step.gate.acquire(timeout=max(0.0, until - time.monotonic())):
             return None
-        with beside(self.ranks.device):
-            return self._rescue(until, durable)
+        if self.step.is_updating:
+            return None
+        with beside(self.ranks.device) as is_behind:
+            while True:
+                marks = self.step.marks.read()
+                state = self._last_finished(marks)
+                if state is not None and is_behind:
+                    state = on_host(state)
+                if not is_behind or (marks[1] == marks[2] and marks == self.step.marks.read()):
+                    break
+                if time.monotonic() > until:
+                    return None
+            return None if state is None else self.checkpoints.rescue(state, until, durable)
 
-    def _rescue(self, until: float, durable: bool) -> str | None:
+    def _last_finished(self, marks: tuple[int, int, int]) -> State | None:
+        """The state after the last finished step, whatever the host and the device do next."""
         done = self.step.finished()
-        if self.step.is_updating or done == 0:
+        if done == 0:
             return None
         if done != self.done:
             self.metrics, self.line = {}, {}
             self.record = self.step.fingerprints.take(done - 1)
         state = self.setbacks.with_anchor(self.state(done))
         model = state.files[MODEL]
-        before = self.step.buffers.before_step()
+        begun, _, taken = marks
+        before = self.step.buffers.before_step() if begun > taken else {}
         model.update({name: before[name] for name in model.keys() & before.keys()})
-        return self.checkpoints.rescue(state, until, durable)
+        return state

@@ -16,7 +16,7 @@ from ddptrain.observe.observer import Observer
 from ddptrain.optim.guard import IN_A_ROW, NONFINITE, Verdict
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.resilience.sanity import explain, explain_spike
-from ddptrain.state import State, Tensors, load_model, load_optimizer
+from ddptrain.state import State, load_model, load_optimizer, on_host
 from ddptrain.step import Step
 
 ANCHOR = "anchor-"
@@ -53,8 +53,8 @@ class Setbacks:
 
     def keep(self, state: State) -> None:
         """Copy ``state``, to rewind to it."""
-        files = {name: _on_host(tensors) for name, tensors in state.files.items()}
-        self.anchor = State(state.step, files, {name: state.numbers[name] for name in NUMBERS})
+        numbers = {name: state.numbers[name] for name in NUMBERS}
+        self.anchor = replace(on_host(state), numbers=numbers)
 
     def with_anchor(self, state: State) -> State:
         """What a checkpoint of ``state`` must hold for a fault behind it."""
@@ -154,7 +154,3 @@ def _fault(verdict: Verdict) -> str:
     if verdict.kind == NONFINITE:
         return f"loss or gradient is not finite (loss {verdict.loss:.4g})"
     return f"the loss of the step is {verdict.loss:.4g}, above {verdict.limit:.4g}"
-
-
-def _on_host(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -26,6 +26,15 @@ class State:
     numbers: dict[str, Any]
 
 
+def on_host(state: State) -> State:
+    """A copy of ``state`` in memory of its own."""
+    files = {
+        file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for file, tensors in state.files.items()
+    }
+    return State(state.step, files, state.numbers)
+
+
 def model_tensors(task: nn.Module) -> Tensors:
     """Parameters and persistent buffers by name; names that DDP or compile add never appear."""
     return {name: tensor.detach() for name, tensor in task.state_dict().items()}
@@ -89,6 +98,7 @@ def load_optimizer(
     for full, value in {**tensors, **numbers}.items():
         name, _, key = full.rpartition("/")
         if name.startswith("#"):
+            value = value.clone() if isinstance(value, Tensor) else value
             optimizer.param_groups[int(name[1:])][key] = value
             continue
         parameter = parameters[name]

@@ -18,6 +18,7 @@ from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.lagging import Lagging
+from ddptrain.marks import Marks
 from ddptrain.optim.guard import Guard, Verdict
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Schedule
@@ -69,9 +70,9 @@ class Step:
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.told_faint: set[str] = set()
         self.rewinds = 0
-        self.norm = torch.zeros((), device=ranks.device)
+        self.norm = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.current: MicroBatch | None = None
-        self.taken = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.marks = Marks(ranks.device)
         # Who holds it finds the run between two updates, in whatever thread: see Trainer.rescue.
         self.gate = threading.Lock()
         self.is_updating = False
@@ -88,6 +89,7 @@ class Step:
         with self.gate:
             self.fingerprints.begin(step)
             self.buffers.begin()
+            self.marks.begun += 1
         self._accumulate(step, batches)
         gradients, account = self._gradients()
         count = account[0]
@@ -105,13 +107,14 @@ class Step:
             hopeless = stray if hopeless is None else hopeless | stray
         pulse.enter(pulse.UPDATE)
         if not self.skips_on_device:
-            bad.item()  # the wait that comes with such an optimiser, outside of the gate
+            bad.item()  # the wait that comes with such an optimiser, not within the gate
         with self.gate:
             self.is_updating = True
-            self.norm = norm
+            self.marks.updating += 1
+            self.norm.copy_(norm)
             self._follow_schedule(step)
             self._update(self._judge(step, account, bad, hopeless))
-            self.taken += 1
+            self.marks.taken += 1
             self.is_updating = False
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
@@ -211,10 +214,9 @@ class Step:
     def finished(self) -> int:
         """The steps that are finished and count.
 
-        On a GPU the count is the device's, which may be behind this process; a step that a
-        collective keeps from ever ending is not among them.
+        On a GPU those of the device, which may never end one that this process is past.
         """
-        return int(self.taken.item()) - int(self.guard.halted.item())
+        return int(self.marks.taken.item()) - int(self.guard.halted.item())
 
     def read(self) -> dict[str, float]:
         """Return what the window holds, over all ranks; every rank must call it."""
@@ -276,9 +278,8 @@ class Step:
 
     def load_numbers(self, numbers: dict[str, Any]) -> None:
         """Put back what ``numbers`` returned, and the rate of the last step, for its log line."""
-        self._follow_schedule(max(0, int(self.taken) - 1))
-        norm = numbers.get("grad_norm", 0.0)
-        self.norm = torch.tensor(norm, dtype=torch.float64, device=self.ranks.device)
+        self._follow_schedule(max(0, int(self.marks.taken) - 1))
+        self.norm.fill_(numbers.get("grad_norm", 0.0))
         window = numbers["window"]
         self.module.window.load(window["account"], window["logs"] if self.ranks.is_first else {})
         self.rewinds = numbers["rewinds"]
@@ -294,6 +295,6 @@ class Step:
         self.guard.in_a_row, self.guard.skipped = row, skipped
         if self.loss_scale is not None:
             self.loss_scale.load(numbers)
-        self.taken.fill_(done)
+        self.marks.set(done)
         self.rewinds += 1
         self.verdicts.forget()

@@ -16,7 +16,8 @@ ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "parent", "place", "generators", "hashing",
-          "failpoints", "lagging", "pulse", "processes", "beside"}  # fmt: skip
+          "failpoints", "lagging", "pulse", "processes", "beside",
+          "marks"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "permitted", "run_directory", "state",
                   "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
@@ -31,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "pulse": set(),
     "processes": set(),
     "beside": set(),
+    "marks": set(),
     "lagging": set(),
     "hashing": set(),
     "config": {"errors"},

@@ -137,6 +137,8 @@ def test_where_there_is_no_room_in_memory_it_goes_beside_the_run(tmp_path: Path)
 def test_a_rescue_does_not_wait_for_a_checkpoint_on_its_way_to_a_slow_store(tmp_path: Path) -> None:
     kept = build(tmp_path, Slow(tmp_path / "checkpoints"))
     kept.save(state(30), durable=True)
+    with kept.writer.changed:
+        assert kept.writer.changed.wait_for(lambda: kept.writer.storing is not None, 20)
     where = kept.rescue(state(31), soon(), durable=True)
     assert not kept.writer.has_ended(time.monotonic())
     assert holds(where, 31)
@@ -176,6 +178,33 @@ def _rescue(folder: Path, step: int, number: int) -> None:
     (folder / f"taken-{number}").write_text(str(len(taken)))
     copies = [int(file.read_text()) for file in folder.glob("taken-*")]
     assert sum(copies) <= 2
+
+
+def test_a_slow_store_holds_up_no_snapshot(tmp_path: Path) -> None:
+    """While one is written and another waits, snapshots are taken as ever."""
+    kept = build(tmp_path, Slow(tmp_path / "checkpoints"))
+    kept.save(state(1), durable=True)
+    kept.save(state(2), durable=True)
+    for step in range(3, 30):
+        kept.save(state(step), durable=False)
+    assert kept.writer.storing is not None
+    assert kept.writer.storing.step == 1
+    kept.settle()
+    assert kept.store.steps() == [1, 2]
+    assert kept.memory.store.steps()[-1] == 29
+
+
+def test_checkpoints_that_cannot_be_pruned_are_written_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = build(tmp_path)
+    for step in (1, 2, 3, 4):
+        kept.save(state(step), durable=True)
+        kept.settle()
+        if step == 1:
+            (tmp_path / "checkpoints" / "step-00000001" / "folder").mkdir()
+    assert kept.store.steps()[-2:] == [3, 4]
+    assert caplog.text.count("old checkpoints could not be deleted") == 1
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

@@ -74,16 +74,17 @@ def test_snapshots_that_turned_out_wrong_are_gone_and_their_place_is_used_again(
         slot = memory.free()
         assert slot is not None
         memory.take(slot, State(step, {"model": {"w": torch.full((3,), float(step))}}, {}))
-        memory.seal(slot, {"step": step})
+        memory.seal(slot, memory.describe(slot, {"step": step}))
         slot.busy = False
-    memory.discard(after=10)
-    assert memory.store.steps() == [10]
+    assert memory.store.steps() == [20, 30]  # the memory of the first is used again
+    memory.discard(after=20)
+    assert memory.store.steps() == [20]
     slot = memory.free()
     assert slot is not None
     assert slot.step is None
-    memory.take(slot, State(20, {"model": {"w": torch.zeros(3)}}, {}))
-    memory.seal(slot, {"step": 20})
-    assert memory.store.steps() == [10, 20]
+    memory.take(slot, State(30, {"model": {"w": torch.zeros(3)}}, {}))
+    memory.seal(slot, memory.describe(slot, {"step": 30}))
+    assert memory.store.steps() == [20, 30]
 
 
 def test_runs_that_share_a_memory_are_told_from_those_that_do_not(tmp_path: Path) -> None:

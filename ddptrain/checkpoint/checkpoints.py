@@ -17,6 +17,8 @@ from ddptrain.checkpoint.writer import Job, Writer
 from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import State
 
+NEIGHBOUR_SECONDS = 10.0
+"""So long a rank that leaves waits for another of its node that is saving."""
 STORE_SECONDS = 2.0
 """So long a rank that leaves waits for a checkpoint that is on its way to the store."""
 
@@ -47,6 +49,7 @@ class Checkpoints:
         self.differences = differences
         self.writer = Writer(memory, store, self._prune)
         self.unsaved: CheckpointError | None = None
+        self.told = False
         self.keeps_memory = True  # False where another rank keeps the memory that this one shares
         self.index: dict[int, dict[str, float]] | None = None
 
@@ -56,7 +59,7 @@ class Checkpoints:
         ``durable`` says whether it goes to the store as well, or stays in memory. Raises
         ``Superseded`` if this job has lost the run to another.
         """
-        slot = self.writer.slot()
+        slot = self.writer.slot(durable)
         try:
             self.memory.take(slot, state)
         except OSError as error:
@@ -69,14 +72,18 @@ class Checkpoints:
     def _make_do(self, state: State, durable: bool, error: OSError) -> None:
         """Take a snapshot elsewhere, or go on without."""
         full, where = self.memory.root, self.memory.root
+        if self.memory.makes_room():
+            self.save(state, durable)
+            return
         if self.memory.falls_back():
             where = self.memory.root
             logger.warning("snapshots go to %s, for there is no room in %s: %s", where, full, error)
             self.save(state, durable)
             return
-        if self.unsaved is None:
+        if not self.told:
+            self.told = True
             logger.warning("no snapshot: %s: %s; training goes on without", where, error)
-        if durable or self.unsaved is None:
+        if durable:
             what = f"the checkpoint of step {state.step} could not be taken: {where}: {error}"
             self.unsaved = CheckpointError(f"{what}; make room there and start the run again")
 
@@ -88,11 +95,10 @@ class Checkpoints:
         ranks of a node one at a time does it, and most find it done.
         """
         slot = self.writer.rest()
-        with self.memory.alone(until):
+        with self.memory.alone(min(until, time.monotonic() + NEIGHBOUR_SECONDS)):
             there = self.memory.whole(state.step)
             if there is None:
-                slot = self.memory.rescue(slot, state)
-                self.memory.seal(slot, self._manifest(state))
+                slot = self.memory.rescue(slot, state, self._manifest(state))
                 there = self.memory.stores[slot.tier], state.step
         store, step = there
         durable = durable and self.writer.has_ended(min(until, time.monotonic() + STORE_SECONDS))

@@ -32,7 +32,11 @@ def delete_abandoned(own: Path) -> None:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether the run whose snapshots these are is gone, over, or was left for a week."""
-    is_old = time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+    try:
+        age = time.time() - folder.stat().st_mtime
+    except OSError:
+        return False
+    is_old = age > ABANDONED_SECONDS
     try:
         owner = json.loads((folder / OWNER).read_text())
         run = Path(owner["run"])
@@ -44,7 +48,7 @@ def _is_abandoned(folder: Path) -> bool:
         return is_old or bool(result["status"] == "completed")
     except FileNotFoundError as error:
         is_gone = Path(str(error.filename)).name == ".identity"  # or its disk is, for a while
-        return is_old or (is_gone and time.time() - folder.stat().st_mtime > GONE_SECONDS)
+        return is_old or (is_gone and age > GONE_SECONDS)
     except (OSError, ValueError, KeyError, TypeError):
         return is_old
 

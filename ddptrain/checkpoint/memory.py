@@ -31,8 +31,11 @@ from ddptrain.errors import CheckpointError
 from ddptrain.failpoints import reach
 from ddptrain.state import State
 
-SLOTS = 3
-"""Snapshots at once: the newest whole one, one on its way to a disk, one being taken."""
+SLOTS = 4
+"""Snapshots at once: the newest, one being taken, and if the store is slow two on their way to it.
+
+Two are in use where it is not.
+"""
 LOCK = "lock"
 LOCK_PAUSE = 0.01
 
@@ -120,7 +123,14 @@ class Memory:
                     time.sleep(LOCK_PAUSE)
             yield
         finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a worker forked meanwhile holds it open
             os.close(descriptor)
+
+    def makes_room(self) -> bool:
+        """Delete what others have left here, but for the newest; return whether there was any."""
+        before = list(self.root.iterdir()) if self.root.is_dir() else []
+        self._clear(self.tier)
+        return any(not path.exists() for path in before)
 
     def falls_back(self) -> bool:
         """Go on in the next root, if there is one and no slot is in use."""
@@ -135,10 +145,9 @@ class Memory:
     def free(self) -> Slot | None:
         """A slot that may be filled: any but the newest and those in use."""
         newest = max((slot.step for slot in self.slots if slot.step is not None), default=None)
-        idle = [slot for slot in self.slots if not slot.busy]
-        empty = [slot for slot in idle if slot.step is None]
-        full = [slot for slot in idle if slot.step is not None and slot.step != newest]
-        return next(iter(empty or sorted(full, key=lambda slot: slot.step or 0)), None)
+        idle = [s for s in self.slots if not s.busy and (s.step is None or s.step != newest)]
+        # One that has its memory already costs nothing more.
+        return min(idle, key=lambda s: (not s.files, s.step or 0), default=None)
 
     def whole(self, step: int) -> tuple[Store, int] | None:
         """Where there is a whole snapshot of ``step`` or a later one, by whatever process."""
@@ -151,8 +160,8 @@ class Memory:
                 return store, other
         return None
 
-    def rescue(self, slot: Slot | None, state: State) -> Slot:
-        """Copy ``state`` into ``slot``, or wherever there is room. Raises ``OSError`` if nowhere.
+    def rescue(self, slot: Slot | None, state: State, manifest: dict[str, Any]) -> Slot:
+        """Save ``state`` in ``slot``, or wherever there is room. Raises ``OSError`` if nowhere.
 
         Older snapshots have to make room for it, but for the newest, which is whole for sure.
         """
@@ -161,8 +170,10 @@ class Memory:
         for each in (*first, *spare):
             try:
                 self.take(each, state)
+                self.seal(each, self.describe(each, manifest))
             except OSError as error:
                 problem = error
+                self._drop(each)
                 self._clear(each.tier)
             else:
                 return each
@@ -219,9 +230,12 @@ class Memory:
         shutil.rmtree(slot.folder, ignore_errors=True)
         slot.folder = slot.home
 
-    def seal(self, slot: Slot, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Make a filled slot a checkpoint; return its manifest, with the checksums."""
-        manifest = {**manifest, "files": {n: file.digest() for n, file in slot.files.items()}}
+    def describe(self, slot: Slot, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a filled slot, with the checksums of its files."""
+        return {**manifest, "files": {n: file.digest() for n, file in slot.files.items()}}
+
+    def seal(self, slot: Slot, manifest: dict[str, Any]) -> None:
+        """Make a filled slot, which ``manifest`` describes, a checkpoint."""
         step = int(manifest["step"])
         (slot.folder / MANIFEST).write_bytes(sealed(manifest))
         reach("memory: manifest written")
@@ -234,7 +248,6 @@ class Memory:
             slot.folder = slot.folder.rename(target)
             slot.step = step
         reach("memory: sealed")
-        return manifest
 
     def _make_room(self, target: Path) -> None:
         """Delete a damaged snapshot of a step, or one from before the run went back."""

@@ -1,4 +1,4 @@
-"""Makes snapshots durable beside training: checksums, the copy to the store, what goes for it."""
+"""Makes snapshots durable beside training: checksums in one thread, the way to the store in another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ PATIENCE = 10.0
 LOUD_SECONDS = 600.0
 """A store that has failed for so long is told of again, and then after twice as long each time."""
 NICENESS = 10
-"""The thread gives way to the step, which needs the same cores."""
+"""The threads give way to the step, which needs the same cores."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ class Job:
     slot: Slot
     manifest: dict[str, Any]
     durable: bool
-    is_sealed: bool = False
 
     @property
     def step(self) -> int:
@@ -42,11 +42,11 @@ class Job:
 
 
 class Writer:
-    """A thread that does one job at a time, and tries again what failed.
+    """Two threads: one makes checkpoints of what was copied, the other takes them to the store.
 
-    A store that cannot be written to never stops training: the newest checkpoint that is owed to
-    it is kept in memory and tried again, and each cause is said once. ``settle`` is where a run
-    that ends learns what is not durable.
+    So a slow store holds up no snapshot, and one that cannot be written to never stops training:
+    what is owed to it is kept in memory and tried again, and each cause is said once. ``settle``
+    is where a run that ends learns what is not durable.
     """
 
     def __init__(self, memory: Memory, store: Store, after: Callable[[int], None]) -> None:
@@ -55,28 +55,32 @@ class Writer:
         self.after = after
         self.changed = threading.Condition()
         self.next: Job | None = None
-        self.working = False
+        self.sealing: Job | None = None
+        self.owed: deque[Job] = deque()
+        self.storing: Job | None = None
         self.resting = False
-        self.owed: Job | None = None
         self.pause = FIRST_PAUSE
         self.problem: Exception | None = None
         self.told: set[str] = set()
         self.failing_since: float | None = None
         self.patience = LOUD_SECONDS
-        self.thread: threading.Thread | None = None
+        self.threads: list[threading.Thread] = []
 
-    def slot(self) -> Slot:
-        """A slot that may be filled; waits for the job before the last, unless jobs fail now."""
+    def slot(self, durable: bool) -> Slot:
+        """A slot that may be filled; waits for the snapshot before the last.
+
+        A ``durable`` one also for the checkpoint before the last to reach the store, if that is
+        slow; one that fails holds up nobody.
+        """
         pulse.enter(pulse.SAVING)
         with self.changed:
-            while self.next is not None or (free := self.memory.free()) is None:
-                if self.next is not None and self.problem is not None:
-                    self.next.slot.busy = False  # a store that fails holds up nobody
-                    self.next = None
-                else:
-                    self.changed.wait()
-            free.busy = True
-            return free
+            while True:
+                too_many = durable and len(self.owed) > 1 and self.problem is None
+                free = None if self.next is not None or too_many else self.memory.free()
+                if free is not None:
+                    free.busy = True
+                    return free
+                self.changed.wait()
 
     def submit(self, job: Job) -> None:
         """Hand over a filled slot. Raises what must end the run."""
@@ -84,15 +88,16 @@ class Writer:
             self._raise_if_superseded()
             self.next = job
             self.changed.notify_all()
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-            self.thread.start()
+        if not self.threads:
+            for work, name in ((self._seal, "snapshots"), (self._store, "checkpoints")):
+                self.threads.append(threading.Thread(target=work, name=name, daemon=True))
+                self.threads[-1].start()
 
     def pending(self) -> Job | None:
-        """The durable job that is not done yet, if there is one."""
+        """The newest durable job that is not done yet, if there is one."""
         with self.changed:
-            jobs = [job for job in (self.next, self.owed) if job is not None and job.durable]
-            return jobs[0] if jobs else None
+            jobs = [self.next, self.sealing, *reversed(self.owed)]
+            return next((job for job in jobs if job is not None and job.durable), None)
 
     def rest(self) -> Slot | None:
         """Begin no more jobs; return a slot that may be filled now, if there is one."""
@@ -104,11 +109,11 @@ class Writer:
             return free
 
     def has_ended(self, until: float) -> bool:
-        """Whether the job at work has ended before ``until`` (monotonic)."""
+        """Whether nothing is on its way to the store, at latest at ``until`` (monotonic)."""
         with self.changed:
-            while self.working and (left := until - time.monotonic()) > 0:
+            while self.storing is not None and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
-            return not self.working
+            return self.storing is None
 
     def settle(self, seconds: float = PATIENCE) -> None:
         """Wait until all is durable. Raises ``CheckpointError`` if it is not in time.
@@ -119,19 +124,20 @@ class Writer:
         pulse.enter(pulse.SAVING)
         with self.changed:
             until = time.monotonic() + seconds
-            while self.next is not None or self.working or self.owed is not None:
-                failing = self.problem is not None and not self.working
+            while self.next is not None or self.sealing is not None or self.owed:
+                failing = self.problem is not None and self.storing is None
                 if failing and (left := until - time.monotonic()) <= 0:
                     break
                 self.pause = min(self.pause, 1.0)
                 self.changed.notify_all()
                 self.changed.wait(left if failing else None)
             self._raise_if_superseded()
-            if self.owed is not None:
+            if self.owed:
+                owed = self.owed[-1]
                 raise CheckpointError(
-                    f"the checkpoint of step {self.owed.step} is not in "
+                    f"the checkpoint of step {owed.step} is not in "
                     f"{self.store.medium.where('')}: {self.problem}; it is in memory at "
-                    f"{self.owed.slot.folder}: mend the cause and start the run again on this "
+                    f"{owed.slot.folder}: mend the cause and start the run again on this "
                     "machine, which goes on from there"
                 )
 
@@ -139,66 +145,96 @@ class Writer:
         if isinstance(self.problem, Superseded):
             raise self.problem
 
-    def _work(self) -> None:
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    def _seal(self) -> None:
+        """The thread that makes snapshots checkpoints."""
+        _give_way()
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.next is not None and not self.resting)
+                job, self.next = self.next, None
+                assert job is not None
+                self.sealing = job
+                self.changed.notify_all()
+            try:
+                self._seal_one(job)
+            except Exception as error:
+                self._say_once(f"the snapshot of step {job.step} is not whole", error)
+            with self.changed:
+                self.sealing = None
+                if job.durable and "files" in job.manifest:
+                    self._owe(job)
+                else:
+                    job.slot.busy = False
+                self.changed.notify_all()
+
+    def _seal_one(self, job: Job) -> None:
+        job.manifest = self.memory.describe(job.slot, job.manifest)
+        with self.memory.alone(time.monotonic() + PATIENCE):
+            self.memory.seal(job.slot, job.manifest)
+            self.memory.prune()
+
+    def _owe(self, job: Job) -> None:
+        """What could not be written is not worth a newer one's delay."""
+        while self.problem is not None and self.owed and self.owed[0] is not self.storing:
+            self.owed.popleft().slot.busy = False
+        self.owed.append(job)
+
+    def _store(self) -> None:
+        """The thread that takes checkpoints to the store, and tries again what failed."""
+        _give_way()
         while True:
             job = self._take()
             try:
-                self._do(job)
+                self.store.write(job.step, job.slot.paths(), job.manifest)
+                self._prune(job.step)
             except Superseded as error:
                 self.problem = error
-                self.owed = None
+                self._end(job)
             except Exception as error:
                 self._tell(job, error)
-            finally:
-                with self.changed:
-                    self.working = False
-                    job.slot.busy = self.owed is job
-                    self.changed.notify_all()
+                self._end(None)
+            else:
+                self._recover(job)
+                self._end(job)
 
     def _take(self) -> Job:
-        """The next job, or after a pause the one that failed."""
+        """The next job, after a pause if it is one that failed."""
         with self.changed:
-            while self.next is None or self.resting:
-                pause = self.pause if self.owed is not None else None
-                if not self.changed.wait(pause) and self.owed is not None and not self.resting:
-                    break
-            job, self.next = self.next, None
-            if job is None:
-                assert self.owed is not None
-                job = self.owed
-                self.pause = min(2 * self.pause, LONGEST_PAUSE)
-            self.working = True
-            self.changed.notify_all()
-            return job
-
-    def _do(self, job: Job) -> None:
-        if job.durable and job is not self.owed:
-            with self.changed:
-                if self.owed is not None:
-                    self.owed.slot.busy = False
-                self.owed = job
-        if not job.is_sealed:
-            with self.memory.alone(time.monotonic() + PATIENCE):
-                job.manifest = self.memory.seal(job.slot, job.manifest)
-                job.is_sealed = True
-                self.memory.prune()
-        if not job.durable:
-            return
-        self.store.write(job.step, job.slot.paths(), job.manifest)
-        self.after(job.step)
-        with self.changed:
-            self.owed = None
-            self.pause = FIRST_PAUSE
-            self.failing_since, self.patience = None, LOUD_SECONDS
+            while not self.owed or self.resting or isinstance(self.problem, Superseded):
+                self.changed.wait()
             if self.problem is not None:
-                logger.warning("checkpoints can be written again: step %s is safe", job.step)
-            self.problem = None
+                self.changed.wait(self.pause)
+                self.pause = min(2 * self.pause, LONGEST_PAUSE)
+            self.storing = self.owed[0]
+            return self.storing
+
+    def _end(self, done: Job | None) -> None:
+        """Let others use the slot of a job that is ``done``."""
+        with self.changed:
+            self.storing = None
+            if done is not None:
+                self.owed.remove(done)
+                done.slot.busy = False
+            self.changed.notify_all()
+
+    def _prune(self, step: int) -> None:
+        """Delete what need not be kept; where that fails, the checkpoint is written all the same."""
+        try:
+            self.after(step)
+        except Superseded:
+            raise
+        except Exception as error:
+            self._say_once("old checkpoints could not be deleted", error)
+
+    def _recover(self, job: Job) -> None:
+        self.pause = FIRST_PAUSE
+        self.failing_since, self.patience = None, LOUD_SECONDS
+        if self.problem is not None:
+            logger.warning("checkpoints can be written again: step %s is safe", job.step)
+        self.problem = None
 
     def _tell(self, job: Job, error: Exception) -> None:
         self.problem = error
-        cause = f"{type(error).__name__} {getattr(error, 'errno', '')}"
         now = time.monotonic()
         self.failing_since = self.failing_since or now
         if now - self.failing_since > self.patience:
@@ -210,11 +246,21 @@ class Writer:
                 job.step,
                 error,
             )
+        self._say_once(
+            f"the checkpoint of step {job.step} could not be written",
+            error,
+            "; training goes on, the one before stands, and it is tried again",
+        )
+
+    def _say_once(self, what: str, error: Exception, then: str = "") -> None:
+        cause = (
+            f"{what.rpartition(' step ')[0]} {type(error).__name__} {getattr(error, 'errno', '')}"
+        )
         if cause not in self.told:
             self.told.add(cause)
-            logger.warning(
-                "the checkpoint of step %s could not be written: %s; training goes on, the one "
-                "before stands, and it is tried again",
-                job.step,
-                error,
-            )
+            logger.warning("%s: %s%s", what, error, then)
+
+
+def _give_way() -> None:
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

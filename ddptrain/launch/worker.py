@@ -161,7 +161,7 @@ class Attempt:
         """Save the last finished step; to the store if nobody else of this attempt can."""
         if self.trainer is None or self.claim is None:
             return None
-        place = self.trainer.rescue(until, durable and self.claim.lock())
+        place = self.trainer.rescue(until, durable and self.claim.holds())
         if place is not None:
             logger.info("the last finished step is saved in %s", place)
         return place
@@ -170,10 +170,10 @@ class Attempt:
         """End this rank from the side, its main thread being stuck; the last step is saved."""
         line = f"{self.place.name}: {why}"
         logger.info("%s", why)
-        with contextlib.suppress(OSError):
-            tell_agent(line)
+        tell_agent(line)
         if speaks:
-            os.write(2, f"{line}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"{line}\n".encode())
         with contextlib.suppress(Exception):
             self.rescue(time.monotonic() + RESCUE_SECONDS, True)
         with contextlib.suppress(Exception):

@@ -60,7 +60,7 @@ class Spikes:
     def note(self, loss: Tensor, counts: Tensor) -> None:
         """Remember the loss of a step, if it ``counts``."""
         here = (self.places == self.counted % len(self.losses)) & counts
-        self.losses = torch.where(here, loss.to(self.losses), self.losses)
+        self.losses.copy_(torch.where(here, loss.to(self.losses), self.losses))
         self.counted += counts
 
     def numbers(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Guard:
         if self.counts_rows:
             at_fault = self.kind > 0
             row = self.in_a_row.where(was_halted | bad, 0.0)
-            self.in_a_row = torch.where(at_fault, self.in_a_row + 1, row)
+            self.in_a_row.copy_(torch.where(at_fault, self.in_a_row + 1, row))
             halts = halts | (self.in_a_row >= IN_A_ROW)
             self.skipped += at_fault & ~halts
         self.halted += halts

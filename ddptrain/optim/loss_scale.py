@@ -33,9 +33,9 @@ class LossScale:
         fault = bad & (self.value <= SMALLEST)
         if hopeless is not None:
             fault = fault | hopeless
-        self.finite_steps = torch.where(bad, 0.0, self.finite_steps + 1)
-        grow = self.finite_steps >= GROWTH_INTERVAL
-        self.finite_steps = torch.where(grow, 0.0, self.finite_steps)
+        finite_steps = torch.where(bad, 0.0, self.finite_steps + 1)
+        grow = finite_steps >= GROWTH_INTERVAL
+        self.finite_steps.copy_(torch.where(grow, 0.0, finite_steps))
         factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
         self.value.mul_(factor).clamp_(SMALLEST, LARGEST)
         return fault

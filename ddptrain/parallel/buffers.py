@@ -45,7 +45,11 @@ class Buffer:
     def note(self) -> None:
         """Take what it is now for what it was before a step."""
         self.tensor = self.now
-        self.before = self.tensor.clone()
+        if self.before.shape == self.tensor.shape and self.before.dtype == self.tensor.dtype:
+            # In place: a GPU that never gets so far still holds what was before an earlier step.
+            self.before.copy_(self.tensor)
+        else:
+            self.before = self.tensor.clone()
         self.version = self.tensor._version
 
     def has_changed(self) -> bool:
@@ -80,14 +84,12 @@ class Buffers:
         self.moving: dict[torch.dtype, list[Buffer]] = {}
         self.still = self.all
         self.seen: list[dict[str, Tensor]] = []  # the moves by micro-batch of the first step
-        self.is_underway = False
         self.sum: Tensor | None = None
         self.total: Future[Tensor] | None = None
         self.moves: Tensor | None = None
 
     def begin(self) -> None:
         """Note the buffers as they are before a step, whoever has set them."""
-        self.is_underway = True
         for buffer in self._moving() if self.known else self.all:
             buffer.note()
         for buffer in self.still:
@@ -137,7 +139,6 @@ class Buffers:
 
     def move(self, skip: Tensor) -> None:
         """Move the buffers by what has arrived, or not at all if ``skip`` > 0."""
-        self.is_underway = False
         if self.moves is None:
             return
         of_buffers = iter(
@@ -157,12 +158,10 @@ class Buffers:
                 tensor.copy_(of_buffer.view_as(tensor))
 
     def before_step(self) -> dict[str, Tensor]:
-        """What buffers were before the step that is under way, by name; empty between steps.
+        """What buffers were before the step that is under way, by name.
 
         May be read in another thread, while a forward changes them.
         """
-        if not self.is_underway:
-            return {}
         noted = self._moving() if self.known else self.all
         return {buffer.name: buffer.before for buffer in noted}
 

@@ -79,7 +79,11 @@ class Crashes:
     def of_launch(self) -> list[Crash]:
         """One crash for each start of this launch that had any: the cause, if a rank knew it."""
         first: dict[str, Crash] = {}
-        for line in self.file.read_text().splitlines() if self.file.exists() else ():
+        try:
+            lines = self.file.read_text(errors="replace").splitlines()
+        except OSError:  # none yet, or its disk is away
+            return []
+        for line in lines:
             try:
                 crash = Crash(**json.loads(line))
             except (ValueError, TypeError):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,7 +70,8 @@ def tell_agent(message: str) -> None:
         return
     extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
     content = {"message": {"message": message, "extraInfo": extra}}
-    Path(file).write_text(json.dumps(content))
+    with suppress(OSError):  # it is on the screen and in the log as well
+        Path(file).write_text(json.dumps(content))
 
 
 def is_first_to_say() -> bool:

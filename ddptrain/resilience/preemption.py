@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from ddptrain.errors import EXIT_FAILED, EXIT_STOPPED
 from ddptrain.place import Place
@@ -101,7 +102,8 @@ class StopRequest:
 
     def _say(self, what: str) -> None:
         """Without Python's buffers, which another thread may hold."""
-        os.write(2, f"{self.place.name}: {what}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{self.place.name}: {what}\n".encode())
 
 
 def _nothing(*_: object) -> None:

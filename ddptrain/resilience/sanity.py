@@ -121,8 +121,12 @@ def _find(
     batch = to_device(source.of_indices(indices, micro_batch), ranks.device)
     key_generators(source.plan.forward_key(micro_batch), ranks.device)
     buffers.begin()
-    total = module(batch)
-    total.backward()
+    try:
+        total = module(batch)
+        total.backward()
+    except Exception:
+        buffers.largest_moves()  # which puts them back
+        raise
     numbers = {"the loss": abs(total.item())}
     for name, parameter in module.task.named_parameters():
         if parameter.grad is not None and parameter.grad.numel():
