@@ -113,7 +113,8 @@ def tell_it(faults: list[Fault], setting: Setting, seed: int, options: argparse.
         problem = str(failure)
     did = work_of(story)
     ended = story.starts[-1].ended or time.monotonic()
-    events = [{**asdict(e), "at": e.at - began, "lost": lost(story, e)} for e in story.events]
+    told = ({**asdict(e), "at": e.at - began, "lost": lost(story, e)} for e in story.events)
+    events = [{k: v for k, v in event.items() if k != "doomed"} for event in told]
     return Told(
         seed, ranks, launcher, workers, events, len(story.starts), ended - began,
         did.counted_seconds, did.lost_least, problem,

@@ -1,4 +1,4 @@
-"""Makes snapshots durable beside training: checksums in one thread, the way to the store in another."""
+"""Makes snapshots durable beside training: checksums in one thread, the copy in another."""
 
 from __future__ import annotations
 
@@ -206,6 +206,7 @@ class Writer:
                 self.changed.wait(self.pause)
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
             self.storing = self.owed[0]
+            self.changed.notify_all()
             return self.storing
 
     def _end(self, done: Job | None) -> None:
@@ -218,7 +219,7 @@ class Writer:
             self.changed.notify_all()
 
     def _prune(self, step: int) -> None:
-        """Delete what need not be kept; where that fails, the checkpoint is written all the same."""
+        """Delete what need not be kept; if that fails, the checkpoint is written all the same."""
         try:
             self.after(step)
         except Superseded:
