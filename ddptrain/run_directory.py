@@ -32,9 +32,13 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run. `ls` shows the same names."""
+    """Paths of one run. `ls` shows the same names.
+
+    ``told`` is its identity, for a node whose file system is not that of the first.
+    """
 
     path: Path
+    told: str = ""
 
     @property
     def config(self) -> Path:
@@ -83,11 +87,14 @@ class RunDirectory:
         Named by the run's path and an identity of its own, so that a run that is deleted leaves
         nothing to a new one in its place.
         """
-        identity = self.identity.read_text() if self.identity.exists() else ""
-        name = sha256(f"{self.path.absolute()}\n{identity}".encode()).hexdigest()[:16]
+        name = sha256(f"{self.path.resolve()}\n{self.known_identity()}".encode()).hexdigest()[:16]
         shared = NODE_MEMORY if NODE_MEMORY.is_dir() else Path(gettempdir())
         beside = self.path / f".memory-{socket.gethostname()}"
         return [shared / f"ddptrain-{os.getuid()}" / name, beside]
+
+    def known_identity(self) -> str:
+        """What tells it from a run that was deleted and had the same path."""
+        return self.told or (self.identity.read_text() if self.identity.exists() else "")
 
     @property
     def anomalies(self) -> Path:

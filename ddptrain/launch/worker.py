@@ -143,7 +143,7 @@ class Attempt:
         self.stop_request.rescue = self.rescue
         checkpoints = trainer.checkpoints
         if checkpoints.keeps_memory:
-            checkpoints.memory.sign(self.run.path, self.run.identity.read_text())
+            checkpoints.memory.sign(self.run.path, self.run.known_identity())
         phases.mark("building")
         trainer.train()
         if self.ranks.is_first:
@@ -274,9 +274,9 @@ def _agree_on_directory(
             store.set(RUN_KEY, str(run.path))
         told = str(run.path), claim.token, run.identity.read_text()
     path, token, identity = ranks.from_first(told if claim else None)
-    run = RunDirectory(Path(path))
-    if not run.identity.exists():  # this node sees another file system
-        run.path.mkdir(parents=True, exist_ok=True)
+    run = RunDirectory(Path(path), identity)
+    if ranks.place.local_rank == 0 and RunDirectory(run.path).known_identity() != identity:
+        run.path.mkdir(parents=True, exist_ok=True)  # on the file system that this node sees
         replace_text(run.identity, identity)
     return run, claim or Claim(run.path, token)
 

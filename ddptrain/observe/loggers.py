@@ -33,14 +33,26 @@ class JsonLines:
     """
 
     def __init__(self, file: Path, resumed_at: int) -> None:
-        self.last_step: int | None = None
-        if file.exists():
-            self.last_step = _cut(file, resumed_at)
         self.file = file
-        self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.size = os.fstat(self.descriptor).st_size
-        self.is_empty = self.size == 0
+        self.resumed_at = resumed_at
+        self.last_step: int | None = None
+        self.descriptor: int | None = None
+        self.size = 0
         self.waiting = b""
+        with suppress(OSError):  # told with the first line
+            self._open()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.size and not self.waiting
+
+    def _open(self) -> int:
+        if self.descriptor is None:
+            if self.file.exists():
+                self.last_step = _cut(self.file, self.resumed_at)
+            self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self.size = os.fstat(self.descriptor).st_size
+        return self.descriptor
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line. Raises ``OSError``, and has it wait, if the disk does not take it."""
@@ -49,11 +61,12 @@ class JsonLines:
 
     def flush(self) -> None:
         """Write what waits, all of it or nothing: half a line would spoil the one after it."""
+        descriptor = self._open()
         try:
-            if os.write(self.descriptor, self.waiting) < len(self.waiting):
+            if os.write(descriptor, self.waiting) < len(self.waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
         except OSError:
-            os.ftruncate(self.descriptor, self.size)
+            os.ftruncate(descriptor, self.size)
             raise
         self.size += len(self.waiting)
         self.waiting = b""
@@ -63,9 +76,12 @@ class JsonLines:
         self.write({"step": step, "split": split, **finite})
 
     def close(self) -> None:
-        if self.waiting:
-            self.flush()
-        os.close(self.descriptor)
+        try:
+            if self.waiting:
+                self.flush()
+        finally:
+            if self.descriptor is not None:
+                os.close(self.descriptor)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

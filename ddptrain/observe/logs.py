@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ddptrain.place import Place
@@ -19,9 +20,11 @@ class _Patient(logging.FileHandler):
 
 def open_log(folder: Path, place: Place) -> Path:
     """Send this rank's log to ``<folder>/rank-<rank>.<host>.log``; a restart appends to it."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank-{place.rank}.{socket.gethostname()}.log"
-    to_file = _Patient(file)
+    to_file: logging.Handler = logging.NullHandler()
+    with suppress(OSError):  # a disk that is away: training goes on without its log
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = _Patient(file)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("ddptrain")
     root.setLevel(logging.DEBUG)

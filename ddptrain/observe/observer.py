@@ -65,9 +65,10 @@ class Observer:
         before = self.history.begin(resumed_at, self.run, self.world_size, known)
         with self._surviving(self.history):
             self.history.write()
-        self.run.result.unlink(missing_ok=True)
+        with self._surviving(self):
+            self.run.result.unlink(missing_ok=True)
         lines = read_json_lines(self.run.metrics)
-        self.told = {line["split"] for line in lines if line["step"] == resumed_at}
+        self.told = {str(line.get("split")) for line in lines if line.get("step") == resumed_at}
         self.resumed_at = resumed_at
         if before is not None and not resumed_at:
             say(f"starting {self.run.path} again from step 0: it has no checkpoint yet")
@@ -116,11 +117,14 @@ class Observer:
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         if step == self.resumed_at and split in self.told:
             return  # a repeated evaluation of the step that this run was resumed at
-        if self.guard is not None and self.speaks:
-            self.guard()
+        self._may_write()
         for each in self.loggers:
             with self._surviving(each):
                 each.log(step, split, scalars)
+
+    def _may_write(self) -> None:
+        if self.guard is not None and self.speaks:
+            self.guard()
 
     @contextmanager
     def _surviving(self, each: object) -> Iterator[None]:
@@ -140,19 +144,22 @@ class Observer:
         """
         if self.speaks:
             self.fingerprints = JsonLines(self.run.fingerprints, self.resumed_at)
-            if self.fingerprints.is_empty:
-                self.fingerprints.write(header)
-            elif record is not None and self.fingerprints.last_step != record["step"]:
-                self.fingerprints.write(record)
+            with self._surviving(self.fingerprints):
+                if self.fingerprints.is_empty:
+                    self.fingerprints.write(header)
+                elif record is not None and self.fingerprints.last_step != record["step"]:
+                    self.fingerprints.write(record)
 
     def fingerprint(self, record: dict[str, Any] | None) -> None:
         if self.fingerprints is not None and record is not None:
+            self._may_write()
             with self._surviving(self.fingerprints):
                 self.fingerprints.write(record)
 
     def anomaly(self, line: dict[str, Any]) -> None:
         """Note that something was wrong with the step that ``line`` names."""
         if self.speaks:
+            self._may_write()
             with self._surviving(self):
                 if self.anomalies is None:
                     self.anomalies = JsonLines(self.run.anomalies, line["step"])
@@ -232,5 +239,5 @@ class History:
         """How often the run was started again, and how many steps that cost."""
         return {
             "restarts": max(0, len(self.starts) - 1),
-            "lost_steps": sum(start["lost_steps"] for start in self.starts),
+            "lost_steps": sum(start.get("lost_steps", 0) for start in self.starts),
         }
