@@ -86,10 +86,13 @@ def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
 
 
 def _stopped(run: RunDirectory, asked: signal.Signals) -> int:
-    stopped = run.outcome().get("status") == "stopped"
-    how = "stopped, with a checkpoint; start it again to go on" if stopped else "ended unfinished"
+    status = run.outcome().get("status")
+    code, how = {
+        "completed": (EXIT_COMPLETED, "it was completed all the same"),
+        "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),
+    }.get(str(status), (EXIT_FAILED, "ended unfinished"))
     print(f"{asked.name}: {run.path}: {how}", file=sys.stderr)
-    return EXIT_STOPPED if stopped else EXIT_FAILED
+    return code
 
 
 def start_ranks(

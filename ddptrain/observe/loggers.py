@@ -29,16 +29,19 @@ class Logger(Protocol):
 class JsonLines:
     """One object a line, each step once over all resumes; ``metrics.jsonl`` is one such file.
 
-    Lines that cannot be written now are kept, and written before the next one.
+    Lines that cannot be written now are kept, and written before the next one; in ``spill``, a file
+    in memory that outlives the process, for the next start if this one is killed before.
     """
 
-    def __init__(self, file: Path, resumed_at: int) -> None:
+    def __init__(self, file: Path, resumed_at: int, spill: Path | None = None) -> None:
         self.file = file
         self.resumed_at = resumed_at
+        self.spill = spill
         self.last_step: int | None = None
         self.descriptor: int | None = None
         self.size = 0
         self.waiting = b""
+        self.is_spilled = spill is not None and spill.exists()
         with suppress(OSError):  # told with the first line
             self._open()
 
@@ -50,13 +53,17 @@ class JsonLines:
         if self.descriptor is None:
             if self.file.exists():
                 self.last_step = _cut(self.file, self.resumed_at)
+            spilled = read_json_lines(self.spill) if self.spill is not None else []
+            kept = [line for line in spilled if line.get("step", 0) <= self.resumed_at]
+            self.waiting = b"".join(map(_encoded, kept)) + self.waiting
+            self.last_step = kept[-1].get("step") if kept else self.last_step
             self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self.size = os.fstat(self.descriptor).st_size
         return self.descriptor
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line. Raises ``OSError``, and has it wait, if the disk does not take it."""
-        self.waiting += json.dumps(line).encode() + b"\n"
+        self.waiting += _encoded(line)
         self.flush()
 
     def flush(self) -> None:
@@ -66,10 +73,21 @@ class JsonLines:
             if os.write(descriptor, self.waiting) < len(self.waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))
         except OSError:
+            self._keep()
             os.ftruncate(descriptor, self.size)
             raise
         self.size += len(self.waiting)
         self.waiting = b""
+        if self.is_spilled:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Have ``spill`` hold what waits, if anything does."""
+        if self.spill is not None:
+            self.is_spilled = bool(self.waiting)
+            with suppress(OSError):
+                self.spill.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self.spill.write_bytes(self.waiting)
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
@@ -82,6 +100,10 @@ class JsonLines:
         finally:
             if self.descriptor is not None:
                 os.close(self.descriptor)
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

@@ -83,16 +83,19 @@ class Observer:
             then = self.run.provenance().get("versions", {})
             for change in changes(then, versions()):
                 logger.warning("the run began with other versions: %s", change)
-        self.loggers = [JsonLines(self.run.metrics, resumed_at)]
+        self.loggers = [self._lines(self.run.metrics, resumed_at)]
         if self.config.log.tensorboard:
             text = yaml.safe_dump(to_plain(self.config), sort_keys=False)
             with self._surviving(self):
                 self.board = TensorBoard(self.run.tensorboard, resumed_at, text)
                 self.loggers.append(self.board)
         if self.run.anomalies.exists():
-            self.anomalies = JsonLines(self.run.anomalies, resumed_at - 1)
+            self.anomalies = self._lines(self.run.anomalies, resumed_at - 1)
         self.screen = open_screen(total_steps, resumed_at)
         self.loggers.append(self.screen)
+
+    def _lines(self, file: Path, resumed_at: int) -> JsonLines:
+        return JsonLines(file, resumed_at, self.run.memories()[0] / file.name)
 
     def at(self, step: int) -> None:
         self.screen.step = step
@@ -143,7 +146,7 @@ class Observer:
         ``record`` is that of the step that the run goes on from.
         """
         if self.speaks:
-            self.fingerprints = JsonLines(self.run.fingerprints, self.resumed_at)
+            self.fingerprints = self._lines(self.run.fingerprints, self.resumed_at)
             with self._surviving(self.fingerprints):
                 if self.fingerprints.is_empty:
                     self.fingerprints.write(header)
@@ -162,7 +165,7 @@ class Observer:
             self._may_write()
             with self._surviving(self):
                 if self.anomalies is None:
-                    self.anomalies = JsonLines(self.run.anomalies, line["step"])
+                    self.anomalies = self._lines(self.run.anomalies, line["step"])
                 self.anomalies.write(line)
 
     def divergence(self, step: int, report: str) -> None:
