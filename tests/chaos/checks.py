@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from re import fullmatch
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
 from chaos import hangs
-from chaos.operator import Event, Operator
+from chaos.events import Event
+from chaos.operator import Operator
 from chaos.processes import wait_for_none
 from chaos.setting import Setting
 from chaos.trace import Work, work
@@ -23,8 +25,6 @@ from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.store import Store
 
 HANGS = tuple(fault.name for fault in hangs.ALL)
-HANG_SECONDS = hangs.SECONDS
-REPORT_SECONDS = 5.0
 RESTART_SECONDS = 25.0
 """A start takes five seconds, on a machine that does nothing else."""
 QUIET_SECONDS = 2.5
@@ -55,16 +55,25 @@ def outcome(run: Path, steps: int) -> Outcome:
     )
 
 
+def undisturbed(setting: Setting) -> Outcome:
+    """The same run without a fault, and without the sleep that gives faults time to come.
+
+    One process makes the same bits as any number of them, and is there sooner.
+    """
+    return _undisturbed(setting.steps, setting.overrides)
+
+
 @cache
-def undisturbed(ranks: int, steps: int, workers: int, overrides: tuple[str, ...]) -> Outcome:
-    """The same run without a fault, and without the sleep that gives faults time to come."""
+def _undisturbed(steps: int, overrides: tuple[str, ...]) -> Outcome:
     awake = (*overrides, "task.seconds=0")
-    setting = Setting(Path(mkdtemp(prefix="calm-")), ranks, steps, workers, overrides=awake)
+    setting = Setting(Path(mkdtemp(prefix="calm-")), 1, steps, overrides=awake)
     agents = setting.start(setting.folder / "start.txt")
     for agent in agents:
         if agent.wait():
             raise RuntimeError((setting.folder / "start.txt").read_text()[-4000:])
-    return outcome(setting.run, steps)
+    found = outcome(setting.run, steps)
+    rmtree(setting.folder)
+    return found
 
 
 def problems(story: Operator) -> list[str]:
@@ -77,10 +86,10 @@ def problems(story: Operator) -> list[str]:
     changed = sorted(k for k in at_exit.keys() | later.keys() if at_exit.get(k) != later.get(k))
     found += [f"{name} was changed after the run had ended" for name in changed]
     found += leftovers(setting)
-    clean = undisturbed(setting.ranks, setting.steps, setting.workers, setting.overrides)
+    clean = undisturbed(setting)
     there = outcome(setting.run, setting.steps)
     found += [*differences(clean, there), *ledger(story, there.result)]
-    return [*found, *story.outlived, *lost_for_nothing(story), *late(story)]
+    return [*found, *story.outlived, *lost_for_nothing(story, there.result), *late(story)]
 
 
 def lost(story: Operator, event: Event) -> int:
@@ -98,18 +107,22 @@ def _alone(story: Operator) -> list[Event]:
     ]
 
 
-def lost_for_nothing(story: Operator) -> list[str]:
+def lost_for_nothing(story: Operator, result: dict[str, Any]) -> list[str]:
     """Steps that were lost although a replica lived."""
-    return [
+    spared = [event for event in _alone(story) if event.spares]
+    found = [
         f"{event.kind}: {steps} finished steps were done again"
-        for event in _alone(story)
-        if event.spares and (steps := lost(story, event))
+        for event in spared
+        if (steps := lost(story, event))
     ]
+    if len(spared) == len(story.events) and result["lost_steps"]:
+        found += [f"result.json: lost_steps {result['lost_steps']}, and a replica always lived"]
+    return found
 
 
 def late(story: Operator) -> list[str]:
     """Hangs that were not ended in time."""
-    limit = HANG_SECONDS + REPORT_SECONDS + RESTART_SECONDS
+    limit = hangs.LIMIT_SECONDS + RESTART_SECONDS
     return [
         f"{event.kind}: it took {event.regained:.1f} s to go on"
         for event in _alone(story)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from chaos.operator import Context, Fault
+from chaos.events import Context, Fault
 from chaos.processes import kill_all
 
 Harm = Callable[[Path, Random], None]

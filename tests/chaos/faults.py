@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2, Signals
 
-from chaos.operator import Context, Fault
+from launching import tree
+
+from chaos.events import Context, Fault
 from chaos.processes import Process, kill_all, send
 
+GONE_SECONDS = 2.0
+"""So long what an agent has started may outlive it."""
 Choice = Callable[[Context], list[Process]]
 
 
@@ -60,9 +64,10 @@ class Signal:
 
     def inject(self, context: Context) -> bool:
         chosen = self.choice(context)
-        if self.number is SIGKILL and self.choice is agent and len(context.agents()) == 1:
-            context.doomed = frozenset(p.pid for p in context.processes())
+        orphans = {pid for p in chosen for pid in tree(p.pid)} if self.choice is agent else set()
         send(self.number, chosen)
+        if self.number is SIGKILL and orphans:
+            context.doom(orphans, GONE_SECONDS)
         return bool(chosen)
 
 

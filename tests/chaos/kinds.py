@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from chaos import machine, network
 from chaos.damage import DAMAGE
+from chaos.events import Fault
 from chaos.faults import KILLS, LOADING, STOPS
 from chaos.hangs import ALL as HANGS
-from chaos.operator import Fault
 
 KINDS: list[Fault] = [*KILLS, *STOPS, *DAMAGE, *LOADING, *HANGS]
 if machine.disk_unavailable() is None:

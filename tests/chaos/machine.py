@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
 
-from chaos.operator import Context
+from chaos.events import Context
+from chaos.setting import Setting
 
 OWN_CLOCK = "CHAOS_CLOCK"
 CGROUPS = Path("/sys/fs/cgroup")
+ENTER = 'mkdir -p "$1" && mount --bind "$0" "$1" && shift && exec "$@"'
+"""Only where snapshots are is it small: what workers have loaded goes through the rest."""
 ALLOWANCE = 256 * 2**20
 """Bytes that a process in the small memory may allocate."""
 
@@ -38,6 +41,29 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@dataclass
+class SmallMachine(Setting):
+    """A run whose disk and whose node's memory are so small that they can be filled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.memory = self.folder / "memory"
+
+    def memories(self) -> list[Path]:
+        return [self.memory / path.name for path in super().memories()]
+
+    def commands(self) -> list[list[str]]:
+        shared = str(super().memories()[0].parent)
+        enter = ["unshare", "--mount", "sh", "-c", ENTER, str(self.memory), shared]
+        return [[*enter, *command] for command in super().commands()]
+
+    @contextlib.contextmanager
+    def disks(self) -> Iterator[None]:
+        """What is small, until the block ends."""
+        with small_disk(self.run, mebibytes=16), small_disk(self.memory, mebibytes=8):
+            yield
 
 
 @dataclass(frozen=True)

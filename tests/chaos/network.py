@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos.operator import Context
+from chaos.events import Context
 from chaos.setting import Setting
 
 PORT = 29400
@@ -42,6 +42,7 @@ class TwoNodes(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.launcher = "torchrun"
         for node in range(self.ranks):
             (self.folder / f"memory-{node}").mkdir()
 

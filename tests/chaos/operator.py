@@ -10,13 +10,13 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
-from chaos.processes import Process, kill_all, of_story, send
+from chaos.events import Doom, Event, Fault, Moment
+from chaos.processes import Process, command_of, is_alive, kill_all, of_story, send
 from chaos.setting import Setting
 from chaos.trace import Reader
 from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, EXIT_STOPPED
@@ -24,83 +24,8 @@ from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, EXIT_STOPPED
 POLL_SECONDS = 0.005
 STALL_SECONDS = 120.0
 """A run that begins no step and starts no rank for so long hangs."""
-GONE_SECONDS = 2.0
-"""So long what an agent has started may outlive it."""
 STRAGGLER_SECONDS = 10.0
 """How long the agent of one node may outlive that of another."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When a fault comes: ``steps`` new steps after the last one and ``seconds`` more.
-
-    With ``steps`` None, ``seconds`` after the last fault or start, whichever was later: that is
-    how a fault hits a start, a restore, or what another fault has set off.
-    """
-
-    steps: int | None
-    seconds: float
-
-
-class Context(Protocol):
-    """What a fault may use."""
-
-    setting: Setting
-    random: Random
-    excused_until: float
-    """Until then a start may fail that began while a fault lasts (monotonic seconds)."""
-    repairs: list[Callable[[], None]]
-    """What is to be done before the next start."""
-    doomed: frozenset[int]
-    """Processes that have to be gone soon after."""
-
-    def processes(self) -> list[Process]: ...
-
-    def agents(self) -> list[int]: ...
-
-
-class Fault(Protocol):
-    """A kind of fault.
-
-    ``stops`` tells one that asks a run to stop. ``spares`` tells one after which a replica lives
-    and can be reached, so that no finished step may be lost.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def stops(self) -> bool: ...
-
-    @property
-    def spares(self) -> bool: ...
-
-    def inject(self, context: Context) -> bool:
-        """Do it; False if there is nothing yet to do it to."""
-
-
-@dataclass
-class Event:
-    """A fault that was injected."""
-
-    kind: str
-    stops: bool
-    moment: Moment
-    start: int
-    at: float
-    frontier: int
-    begun_before: int
-    """Steps that this start of rank 0 had begun."""
-    spares: bool = False
-    regained: float | None = None
-    """Seconds until the run was further than it had been."""
-    doomed: frozenset[int] = frozenset()
-    """Processes that have to be gone ``GONE_SECONDS`` later."""
-
-    @property
-    def over(self) -> float:
-        """When it was made good."""
-        return self.at + (self.regained if self.regained is not None else float("inf"))
 
 
 @dataclass
@@ -125,16 +50,16 @@ class Operator:
 
     setting: Setting
     faults: deque[tuple[Fault, Moment]]
-    random: Random = field(default_factory=lambda: Random(0))
+    seed: int = 0
     events: list[Event] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     excused_until: float = 0.0
     repairs: list[Callable[[], None]] = field(default_factory=list)
-    doomed: frozenset[int] = frozenset()
-    """Processes that the fault that is being injected dooms: it may name some."""
+    dooms: list[Doom] = field(default_factory=list)
     outlived: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.random = Random(self.seed)
         self.trace = Reader(self.setting.notes / "rank-0.trace")
         self.passed_at: float | None = None
         self.last_news = time.monotonic()
@@ -144,6 +69,11 @@ class Operator:
 
     def agents(self) -> list[int]:
         return [a.pid for a in self.starts[-1].agents if a.returncode is None]
+
+    def doom(self, pids: Iterable[int], seconds: float, once_idle: bool = False) -> None:
+        """Demand that processes are gone in time; ``once_idle`` counts from the last step begun."""
+        kind = self.faults[0][0].name
+        self.dooms.append(Doom(kind, frozenset(pids), time.monotonic(), seconds, once_idle))
 
     def run(self) -> None:
         """Tell the story to its end. Raises ``StoryFailed``."""
@@ -180,11 +110,7 @@ class Operator:
                 if event.regained is None:
                     passed = self.trace.when_passed(event.frontier, event.at)
                     event.regained = None if passed is None else passed - event.at
-        for event in self.events:
-            if event.doomed and time.monotonic() > event.at + GONE_SECONDS:
-                left = [p for p in self.processes() if p.pid in event.doomed]
-                self.outlived += [f"{p.command} outlived its agent: {p.pid}" for p in left]
-                event.doomed = frozenset()
+        self.watch_the_doomed()
         if time.monotonic() - self.last_news > STALL_SECONDS:
             where = self.stacks(start)
             raise StoryFailed(f"nothing has happened for {STALL_SECONDS:g} s\n{where}")
@@ -193,6 +119,19 @@ class Operator:
             start.ended = start.ended or time.monotonic()
             if time.monotonic() - start.ended > STRAGGLER_SECONDS:
                 kill_all(self.setting.mark)
+
+    def watch_the_doomed(self) -> None:
+        """Notice when those are gone that have to be, and whose time is over."""
+        for doom in self.dooms:
+            if doom.took is not None:
+                continue
+            took = time.monotonic() - doom.began(self.trace.last_begun)
+            left = [pid for pid in doom.pids if is_alive(pid)]
+            if left and took <= doom.seconds:
+                continue
+            doom.took = took
+            what = f"{doom.kind}: after {doom.seconds:g} s there still is process"
+            self.outlived += [f"{what} {pid}: {command_of(pid)}" for pid in left]
 
     def stacks(self, start: Start) -> str:
         """Where every thread of every rank is: SIGABRT makes Python say so."""
@@ -207,6 +146,8 @@ class Operator:
             return False
         moment = self.faults[0][1]
         last = self.events[-1] if self.events else None
+        if moment.by_clock:
+            return time.monotonic() >= (last.at if last else self.starts[0].began) + moment.seconds
         if moment.steps is None:
             since = max(self.starts[-1].began, last.at if last else 0.0)
             return time.monotonic() >= since + moment.seconds
@@ -220,7 +161,6 @@ class Operator:
         at, frontier = time.monotonic(), self.trace.frontier
         began = self.starts[-1].began
         begun = sum(len(a.begun) for a in self.trace.attempts if a.started > began)
-        self.doomed = frozenset()
         if not fault.inject(self):
             return
         self.faults.popleft()
@@ -228,7 +168,7 @@ class Operator:
         self.last_news = time.monotonic()
         number = self.starts[-1].number
         told = fault.name, fault.stops, moment, number, at, frontier, begun, fault.spares
-        self.events.append(Event(*told, doomed=self.doomed))
+        self.events.append(Event(*told))
 
     def says_stopped(self) -> bool:
         """Whether the run itself says so: torchrun exits with 1 whatever its ranks exit with."""

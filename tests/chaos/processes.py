@@ -49,6 +49,20 @@ def of_story(mark: str) -> list[Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there that has not ended, be it waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    return "(gone)"
+
+
 def send(number: signal.Signals, processes: Iterable[Process]) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):

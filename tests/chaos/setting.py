@@ -29,6 +29,8 @@ class Setting:
     launcher: str = "ddptrain"
     restarts: int = 3
     overrides: tuple[str, ...] = ()
+    disturbing: tuple[str, ...] = ()
+    """Overrides that the undisturbed run does without."""
     variables: Mapping[str, str] = field(default_factory=dict)
     run: Path = field(init=False)
     mark: str = field(default_factory=lambda: uuid4().hex)
@@ -58,6 +60,7 @@ class Setting:
             f"train.max_steps={self.steps}",
             f"data.workers={self.workers}",
             *self.overrides,
+            *self.disturbing,
         ]
 
     def commands(self) -> list[list[str]]:

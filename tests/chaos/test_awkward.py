@@ -1,29 +1,22 @@
-"""Faults that need something of the machine, one story each; skipped, with the reason, without."""
+"""Faults that need something of the machine; skipped, with the reason, without."""
 
 from __future__ import annotations
 
-from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import pytest
 
 from chaos import hangs, machine, network
 from chaos.damage import DAMAGE
+from chaos.events import Fault
 from chaos.faults import KILLS, LOADING
-from chaos.operator import Fault, Moment, Operator
 from chaos.setting import Setting
-from chaos.story import tell
+from chaos.story import in_turn, short_run, tell
 
-SEED = 7
-KILL_ALL = KILLS[4]
-
-
-def story(setting: Setting, *faults: tuple[Fault, int]) -> Operator:
-    """Each fault so many steps after the one before."""
-    plan = deque((fault, Moment(steps, 0.0)) for fault, steps in faults)
-    return Operator(setting, plan, Random(SEED))
+ONE_RANK, RANK_0, _, AGENT, _ = KILLS
+TWO_NODES = ("resilience.hang_seconds=8",)
+"""More than a link is cut for that comes back."""
 
 
 def unless(reason: str | None) -> None:
@@ -31,54 +24,49 @@ def unless(reason: str | None) -> None:
         pytest.skip(reason)
 
 
-def plain(folder: Path, **more: Any) -> Setting:
-    """The same run for most stories, so that it is trained undisturbed but once."""
-    return Setting(folder, steps=50, workers=1, **more)
-
-
 def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    """One in memory and two in the run directory, each of another kind, and a killed worker."""
-    truncated, _, deleted, _, flipped, _ = DAMAGE
-    faults = [(truncated, 12), (flipped, 12), (deleted, 12), (LOADING[0], 4)]
-    tell(story(plain(tmp_path), *faults))
+    """One in the run directory and one in memory; and a worker that loads is killed."""
+    truncated, _, _, _, flipped, _ = DAMAGE
+    setting = short_run(tmp_path, Setting)
+    tell(in_turn(setting, (truncated, 12), (flipped, 12), (LOADING[0], 4)))
 
 
-@pytest.mark.parametrize("fault", hangs.ALL, ids=lambda fault: fault.name)
-def test_a_hang_is_ended(fault: Fault, tmp_path: Path) -> None:
-    setting = plain(tmp_path, overrides=hangs.OVERRIDES)
-    tell(story(setting, (fault, 9)))
+def test_hangs_are_ended(tmp_path: Path) -> None:
+    """Under torchrun, whose agent would wait for a stopped process forever."""
+    setting = short_run(tmp_path, Setting, disturbing=hangs.OVERRIDES, launcher="torchrun")
+    tell(in_turn(setting, *((fault, 9) for fault in hangs.ALL)))
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
-    unless(machine.disk_unavailable())
-    setting = plain(tmp_path)
-    with machine.small_disk(setting.run, mebibytes=8):
-        tell(story(setting, (machine.Full(seconds=6.0), 18)))
-
-
-def test_a_clock_that_jumps_an_hour(tmp_path: Path) -> None:
-    unless(machine.clock_unavailable())
+def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Path) -> None:
+    """A rank dies while there is no room for snapshots, and one after the clock was set."""
+    for reason in (machine.disk_unavailable(), machine.clock_unavailable()):
+        unless(reason)
     variables = machine.own_clock(tmp_path / "clock")
-    setting = plain(tmp_path, variables=variables)
-    later, earlier = machine.Jump(3600), machine.Jump(-3600)
-    tell(story(setting, (later, 9), (KILL_ALL, 7), (earlier, 9), (KILL_ALL, 7)))
+    setting = short_run(tmp_path, machine.SmallMachine, variables=variables)
+    faults: list[tuple[Fault, int]] = [
+        (machine.FullMemory(seconds=2.0), 9),
+        (ONE_RANK, 4),
+        (machine.Jump(3600), 5),
+        (RANK_0, 3),
+        (machine.Jump(-3600), 3),
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(setting.disks())
+        if machine.memory_unavailable() is None:
+            stack.enter_context(machine.small_memory())
+            faults.append((machine.OutOfMemory(), 3))
+        tell(in_turn(setting, *faults, (machine.Full(seconds=6.0), 3)))
 
 
-def test_a_rank_that_takes_all_memory(tmp_path: Path) -> None:
-    unless(machine.memory_unavailable())
-    with machine.small_memory():
-        tell(story(plain(tmp_path), (machine.OutOfMemory(), 13)))
-
-
-def test_a_link_that_is_cut_for_a_while(tmp_path: Path) -> None:
+def test_a_node_loses_a_rank_and_its_link_for_a_while_and_for_good(tmp_path: Path) -> None:
     unless(network.unavailable())
-    setting = network.TwoNodes(tmp_path, steps=50, workers=1)
+    setting = short_run(tmp_path, network.TwoNodes, disturbing=TWO_NODES)
     with setting.network():
-        tell(story(setting, (network.Cut(5.0), 13)))
+        tell(in_turn(setting, (ONE_RANK, 9), (network.Cut(5.0), 9), (network.Cut(None), 9)))
 
 
-def test_a_link_that_is_cut_for_good(tmp_path: Path) -> None:
+def test_a_node_loses_its_agent(tmp_path: Path) -> None:
     unless(network.unavailable())
-    setting = network.TwoNodes(tmp_path, steps=50, workers=1, overrides=hangs.OVERRIDES)
+    setting = short_run(tmp_path, network.TwoNodes, disturbing=TWO_NODES)
     with setting.network():
-        tell(story(setting, (network.Cut(None), 13)))
+        tell(in_turn(setting, (AGENT, 9)))

@@ -9,18 +9,22 @@ import pytest
 
 from chaos.faults import KILLS, STOPS
 from chaos.operator import StoryFailed
-from chaos.setting import Setting
-from chaos.story import at_random, tell
+from chaos.setting import LAUNCHERS, Setting
+from chaos.story import SEED, at_random, in_turn, short_run, tell
 
-SEED = 20261124
+FAULTS_OF_A_STORY = 4
 
 
-def test_a_run_survives_what_comes(tmp_path: Path) -> None:
-    faults = Random(SEED).sample([*KILLS, *STOPS], 6)
-    tell(at_random(faults, Setting(tmp_path, steps=50, workers=1), SEED))
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_survives_what_comes(launcher: str, tmp_path: Path) -> None:
+    """Other faults under each launcher."""
+    shuffled = Random(SEED).sample([*KILLS, *STOPS], len([*KILLS, *STOPS]))
+    first = LAUNCHERS.index(launcher) * FAULTS_OF_A_STORY
+    faults = shuffled[first : first + FAULTS_OF_A_STORY]
+    tell(at_random(faults, short_run(tmp_path, Setting, launcher=launcher), SEED))
 
 
 def test_a_restart_that_changes_the_weights_a_little_is_noticed(tmp_path: Path) -> None:
-    setting = Setting(tmp_path, steps=30, overrides=("task.perturb=true",))
+    setting = short_run(tmp_path, Setting, disturbing=("task.perturb=true",))
     with pytest.raises(StoryFailed, match="weights_sha256"):
-        tell(at_random([KILLS[4], KILLS[1]], setting, SEED))
+        tell(in_turn(setting, (KILLS[1], 30)))

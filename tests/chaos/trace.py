@@ -8,6 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+LONGEST = 5
+"""A step that takes so many times what others take has stood still: the rest does not count."""
+
 
 @dataclass
 class Attempt:
@@ -50,6 +53,11 @@ class Reader:
         """The last step that was ever begun, -1 before the first."""
         return max((step for a in self.attempts for step, _ in a.begun), default=-1)
 
+    @property
+    def last_begun(self) -> float:
+        """When the last step was begun, 0 before the first."""
+        return max((a.begun[-1][1] for a in self.attempts if a.begun), default=0.0)
+
     def when_passed(self, step: int, since: float) -> float | None:
         """When a step after ``step`` was first begun, after the moment ``since``."""
         later = [t for a in self.attempts for s, t in a.begun if s > step and t > since]
@@ -88,5 +96,6 @@ def work(attempts: Iterable[Attempt]) -> Work:
             took[step] = None if end is None else end - begin  # the last time is what counted
     known = [seconds for seconds in took.values() if seconds is not None]
     usual = median(known) if known else 0.0
-    counted = sum(usual if seconds is None else seconds for seconds in took.values())
+    longest = LONGEST * usual
+    counted = sum(usual if seconds is None else min(seconds, longest) for seconds in took.values())
     return Work(least, most, len(with_steps), len(attempts), counted, usual)
