@@ -16,6 +16,7 @@ from launching import (
     PROJECT,
     TORCHRUN,
     kill_tree,
+    ranks_below,
     read_metrics,
     read_result,
     run,
@@ -169,15 +170,20 @@ def test_resume_at_step_a_million_reads_no_sample_that_is_skipped(
 
 
 def test_a_directory_that_another_run_is_writing_to_is_refused(tmp_path: Path) -> None:
-    endless = [*DDPTRAIN, "experiment=ragged", "train.max_steps=1000000", f"run.dir={tmp_path}"]
+    endless = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "experiment=ragged"]
+    endless += ["train.max_steps=1000000", "log.tensorboard=false", f"run.dir={tmp_path}"]
     first = start(endless)
     try:
         while lines_of(tmp_path / "metrics.jsonl") == 0:
             assert first.poll() is None, first.communicate()[1]
             time.sleep(0.01)
-        second = run(endless, PROJECT)
+        launched = (tmp_path / "launched.yaml").read_text()
+        second = run([*endless, "log.every_steps=7"], PROJECT)
         assert second.returncode == 2
-        assert f"in use by process {first.pid} on " in second.stderr
+        (line,) = second.stderr.splitlines()
+        assert f"{tmp_path} is in use by process {ranks_below(first.pid)[0]} on " in line
+        # From which the first one takes its config at a restart.
+        assert (tmp_path / "launched.yaml").read_text() == launched
     finally:
         kill_tree(first.pid)
         first.communicate()

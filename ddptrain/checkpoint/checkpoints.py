@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -17,6 +18,8 @@ from ddptrain.checkpoint.writer import Job, Writer
 from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import State
 
+COPY_SECONDS = 10.0
+"""So long a rank that leaves copies what is in memory to the store."""
 NEIGHBOUR_SECONDS = 10.0
 """So long a rank that leaves waits for another of its node that is saving."""
 STORE_SECONDS = 2.0
@@ -102,20 +105,26 @@ class Checkpoints:
                 there = self.memory.stores[slot.tier], state.step
         store, step = there
         durable = durable and self.writer.has_ended(min(until, time.monotonic() + STORE_SECONDS))
+        copied = threading.Event()
         if durable and time.monotonic() < until:
-            try:
-                self._make_durable(store, step)
-            except (OSError, TrainingError) as error:
-                logger.warning("step %s is in memory only: %s", step, error)
-            else:
-                return self.store.where(step)
-        return store.where(step)
+            # In a thread, for a store that takes too long must not keep this rank from leaving.
+            copy = threading.Thread(
+                target=self._make_durable, args=[store, step, copied], daemon=True
+            )
+            copy.start()
+            copy.join(min(until - time.monotonic(), COPY_SECONDS))
+        return (self.store if copied.is_set() else store).where(step)
 
-    def _make_durable(self, store: Store, step: int) -> None:
+    def _make_durable(self, store: Store, step: int, copied: threading.Event) -> None:
         """Copy the snapshot of ``step``, whoever has made it, from memory to the store."""
-        manifest = store.manifest(step)
-        paths = {name: Path(store.where(step, name)) for name in manifest["files"]}
-        self.store.write(step, paths, manifest)
+        try:
+            manifest = store.manifest(step)
+            paths = {name: Path(store.where(step, name)) for name in manifest["files"]}
+            self.store.write(step, paths, manifest)
+        except (OSError, TrainingError) as error:
+            logger.warning("step %s is in memory only: %s", step, error)
+        else:
+            copied.set()
 
     def _manifest(self, state: State) -> dict[str, Any]:
         return {"step": state.step, **state.numbers, **self.facts}
