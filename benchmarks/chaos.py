@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -28,15 +27,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from chaos import hangs, kinds, machine, network
 from chaos.checks import lost, undisturbed, work_of
-from chaos.operator import Fault, StoryFailed
+from chaos.events import Fault
+from chaos.operator import StoryFailed
 from chaos.setting import LAUNCHERS, Setting
-from chaos.story import at_random, tell
+from chaos.story import at_random, pauses_at_random, tell
 
 STEP_SECONDS = 0.2
 """Of a run whose faults are minutes apart: long enough that few steps make many minutes."""
 EXPECTED_GOODPUT = 0.93
-APART = "CHAOS_APART"
-SHARED = Path(f"/dev/shm/ddptrain-{os.getuid()}")
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Told:
     launcher: str
     workers: int
     events: list[dict[str, Any]]
+    dooms: list[dict[str, Any]]
     starts: int
     seconds: float
     counted_seconds: float
@@ -64,10 +63,11 @@ def the_setting(
     ranks, launcher = random.choice(options.ranks), random.choice(options.launchers)
     workers = random.choice(options.workers) or int(kinds.needs_workers(faults))
     folder = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-"))
-    overrides = hangs.OVERRIDES
+    steps = steps_of_a_run(len(faults), seed, options)
+    common: dict[str, Any] = {"steps": steps, "workers": workers}
+    common["disturbing"] = hangs.OVERRIDES
     if options.mean_seconds is not None:
-        overrides = (*overrides, f"task.seconds={STEP_SECONDS}")
-    common: dict[str, Any] = {"steps": options.steps, "workers": workers, "overrides": overrides}
+        common["disturbing"] += (f"task.seconds={STEP_SECONDS}",)
     with ExitStack() as stack:
         if two_nodes:
             nodes = network.TwoNodes(folder, **common)
@@ -76,14 +76,25 @@ def the_setting(
         else:
             if machine.clock_unavailable() is None:
                 common["variables"] = machine.own_clock(folder / "clock")
-            setting = Setting(folder, ranks, launcher=launcher, **common)
             if machine.disk_unavailable() is None:
-                stack.enter_context(machine.small_disk(setting.run, mebibytes=16))
-                stack.enter_context(machine.small_disk(SHARED, mebibytes=8))
+                small = machine.SmallMachine(folder, ranks, launcher=launcher, **common)
+                stack.enter_context(small.disks())
+                setting: Setting = small
+            else:
+                setting = Setting(folder, ranks, launcher=launcher, **common)
             if machine.memory_unavailable() is None:
                 stack.enter_context(machine.small_memory())
             yield setting
     shutil.rmtree(folder)
+
+
+def steps_of_a_run(faults: int, seed: int, options: argparse.Namespace) -> int:
+    """Given, or as many as it takes until all faults have come, and some."""
+    mean: float | None = options.mean_seconds
+    if mean is None:
+        return int(options.steps)
+    seconds = sum(pauses_at_random(seed, faults, mean)) + mean / 2
+    return int(EXPECTED_GOODPUT * seconds / STEP_SECONDS)
 
 
 def one_story(faults: list[Fault], two_nodes: bool, seed: int, options: argparse.Namespace) -> Told:
@@ -100,10 +111,9 @@ def one_story(faults: list[Fault], two_nodes: bool, seed: int, options: argparse
 
 def tell_it(faults: list[Fault], setting: Setting, seed: int, options: argparse.Namespace) -> Told:
     """Tell a story; return what came of it."""
-    between = max(2, int(1.8 * options.steps / len(faults)))
+    between = max(2, int(1.8 * setting.steps / len(faults)))
     story = at_random(faults, setting, seed, between, options.mean_seconds)
-    ranks, workers, launcher = setting.ranks, setting.workers, setting.launcher
-    undisturbed(ranks, options.steps, workers, setting.overrides)
+    undisturbed(setting)  # not within the seconds of the story
     began = time.monotonic()
     problem = ""
     try:
@@ -113,11 +123,11 @@ def tell_it(faults: list[Fault], setting: Setting, seed: int, options: argparse.
         problem = str(failure)
     did = work_of(story)
     ended = story.starts[-1].ended or time.monotonic()
-    told = ({**asdict(e), "at": e.at - began, "lost": lost(story, e)} for e in story.events)
-    events = [{k: v for k, v in event.items() if k != "doomed"} for event in told]
+    events = [{**asdict(e), "at": e.at - began, "lost": lost(story, e)} for e in story.events]
+    dooms = [{"kind": d.kind, "seconds": d.seconds, "took": d.took} for d in story.dooms]
     return Told(
-        seed, ranks, launcher, workers, events, len(story.starts), ended - began,
-        did.counted_seconds, did.lost_least, problem,
+        seed, setting.ranks, setting.launcher, setting.workers, events, dooms, len(story.starts),
+        ended - began, did.counted_seconds, did.lost_least, problem,
     )  # fmt: skip
 
 
@@ -137,7 +147,21 @@ def table(stories: list[Told]) -> str:
         took = f"{median(seconds):.1f} | {max(seconds):.1f}" if seconds else "– | –"
         mean = sum(steps) / len(steps)
         rows.append(f"| {kind} | {len(events)} | {mean:.1f} | {max(steps)} | {took} |")
-    return "\n".join([*rows, "", totals(stories)])
+    return "\n".join([*rows, *times(stories), "", totals(stories)])
+
+
+def times(stories: list[Told]) -> list[str]:
+    """For each kind after which processes must be gone in time, the seconds that it took."""
+    took: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for story in stories:
+        for doom in story.dooms:
+            if doom["took"] is not None:
+                took[doom["kind"], doom["seconds"]].append(doom["took"])
+    rows = ["", "| fault | seconds until its processes are gone, median | most | allowed |",
+            "|---|---:|---:|---:|"]  # fmt: skip
+    for (kind, allowed), seconds in sorted(took.items()):
+        rows.append(f"| {kind} | {median(seconds):.1f} | {max(seconds):.1f} | {allowed:g} |")
+    return rows if took else []
 
 
 def totals(stories: list[Told]) -> str:
@@ -146,8 +170,8 @@ def totals(stories: list[Told]) -> str:
     counted = sum(story.counted_seconds for story in stories)
     wrong = [story.seed for story in stories if story.problem]
     return (
-        f"{faults} faults in {len(stories)} runs, one in {wall / max(1, faults):.1f} s, "
-        f"started {sum(s.starts for s in stories)} times "
+        f"{faults} faults in {len(stories)} runs, {wall / max(1, faults):.1f} s between faults "
+        f"in the mean, started {sum(s.starts for s in stories)} times "
         f"by the operator; {sum(s.lost_steps for s in stories)} steps lost, "
         f"{wall - counted:.0f} of {wall:.0f} s lost, goodput {counted / max(wall, 1e-9):.1%}; "
         f"{len(stories) - len(wrong)} runs ended with the bits of an undisturbed one"
@@ -170,8 +194,6 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.mean_seconds is not None:
         options.faults_of_a_run = options.faults
-        seconds = EXPECTED_GOODPUT * options.faults * options.mean_seconds
-        options.steps = int(seconds / STEP_SECONDS)
     return options
 
 
@@ -189,17 +211,8 @@ class Deck:
         return drawn
 
 
-def with_mounts_of_its_own() -> None:
-    """Go on where nobody else sees the small disks that are mounted."""
-    if machine.disk_unavailable() is None and APART not in os.environ:
-        os.environ[APART] = "1"
-        command = ["unshare", "--mount", sys.executable, *sys.argv]
-        os.execvp(command[0], command)
-
-
 def main() -> int:
     options = parse()
-    with_mounts_of_its_own()
     random = Random(options.seed)
     one_node = Deck(kinds.named(*options.kinds), random)
     two_nodes = Deck([] if options.kinds else kinds.ON_TWO_NODES, random)
@@ -215,6 +228,8 @@ def main() -> int:
         stories.append(one_story(faults, is_of_two, random.randrange(10**6), options))
         options.json.write_text(json.dumps([asdict(story) for story in stories], indent=1))
         print(totals(stories), flush=True)
+        if options.mean_seconds is not None:
+            break  # it may have ended before its last faults
     print(f"\n{table(stories)}")
     return int(any(story.problem for story in stories))
 
