@@ -27,15 +27,6 @@ def is_gone(pid: int, start: str) -> bool:
     return not fields or fields[19] != start or fields[0] in "ZX"
 
 
-def kill_stopped_siblings() -> None:
-    """SIGKILL those that our parent has started as well and that are stopped."""
-    parent = str(os.getppid())
-    for folder in Path("/proc").glob("[0-9]*"):
-        fields = _fields(folder.name)
-        if fields and fields[1] == parent:
-            kill_if_stopped(int(folder.name), fields[19])
-
-
 def kill_if_stopped(pid: int, start: str) -> bool:
     """SIGKILL a process that is stopped, which would ignore anything gentler."""
     fields = _fields(pid)

@@ -25,7 +25,6 @@ from ddptrain.errors import (
     Refused,
     Stopped,
     Superseded,
-    TrainingError,
 )
 from ddptrain.files import Claim, replace_text
 from ddptrain.loop import Trainer
@@ -36,7 +35,6 @@ from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
-from ddptrain.processes import kill_stopped_siblings
 from ddptrain.resilience import flight
 from ddptrain.resilience.crashes import Crashes
 from ddptrain.resilience.failure import (
@@ -55,7 +53,7 @@ from ddptrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=30)
-MEETING_SECONDS = 20.0
+MEETING_SECONDS = 30.0
 """Ranks that start at once may come so far apart, on a busy machine with a slow disk."""
 NOTHING_TO_RESCUE = (
     NonFiniteError, DivergenceError, Stopped, Refused, CheckpointError, Superseded
@@ -121,11 +119,7 @@ class Attempt:
         if device.type == "cuda" and hang_seconds is not None:
             flight.arm()
         ranks = Ranks(place, device, None)
-        try:
-            ranks.meet(None if hang_seconds is None else max(hang_seconds, MEETING_SECONDS))
-        except TrainingError:
-            kill_stopped_siblings()  # the agent would wait for them, too
-            raise
+        ranks.meet(None if hang_seconds is None else max(hang_seconds, MEETING_SECONDS))
         if hang_seconds is not None:
             processes = ranks.attempt.processes
             self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
@@ -146,7 +140,7 @@ class Attempt:
             self.config, self.ranks, self.run, phases, self.claim, self.stop_request
         )
         self.trainer = trainer
-        self.stop_request.rescue = self.rescue
+        self.stop_request.begin(self.rescue)
         checkpoints = trainer.checkpoints
         if checkpoints.keeps_memory:
             checkpoints.memory.sign(self.run.path, self.run.known_identity())

@@ -19,6 +19,7 @@ from ddptrain.place import Place
 
 COLLECTIVE_CODE = ("torch/distributed/", "torch/nn/parallel/")
 BACKWARD_CODE = "torch/autograd/graph.py"
+LATER_SECONDS = 3600
 PEER_SECONDS = 3.0
 """How long a rank whose collective failed waits to be stopped, or to hear of the real cause."""
 
@@ -63,12 +64,16 @@ def leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def tell_agent(message: str) -> None:
-    """Leave the error where torch's elastic agent looks for it, so that its report ends with it."""
+def tell_agent(message: str, is_cause: bool = True) -> None:
+    """Leave the error where torch's elastic agent looks for it, so that its report ends with it.
+
+    What is no cause comes after all that are, and does not take the place of one.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None:
+    if file is None or (not is_cause and Path(file).exists()):
         return
-    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    when = int(time.time()) + (0 if is_cause else LATER_SECONDS)
+    extra = {"py_callstack": message, "timestamp": str(when)}
     content = {"message": {"message": message, "extraInfo": extra}}
     with suppress(OSError):  # it is on the screen and in the log as well
         Path(file).write_text(json.dumps(content))

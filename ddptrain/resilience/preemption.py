@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from ddptrain.errors import EXIT_FAILED, EXIT_STOPPED
 from ddptrain.place import Place
+from ddptrain.resilience.failure import tell_agent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SIDE_SHARE = 0.3
@@ -41,6 +42,7 @@ class StopRequest:
         self.since = 0.0
         self.heard = threading.Event()
         self.rescue: Rescue | None = None
+        self.has_begun = False
         self.parent = os.getppid()
 
     def listen(self) -> None:
@@ -52,6 +54,10 @@ class StopRequest:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_unlisten)
         threading.Thread(target=self._hear, args=[reader], name="signals", daemon=True).start()
+
+    def begin(self, rescue: Rescue) -> None:
+        """From here on there is something to save, with ``rescue``."""
+        self.rescue, self.has_begun = rescue, True
 
     @property
     def came(self) -> bool:
@@ -73,6 +79,11 @@ class StopRequest:
         self.since = time.monotonic()
         self.signal = number.name
         self.heard.set()
+        if not self.has_begun:
+            # Not after a step: it may wait for a rank that has gone, and is told so by its agent.
+            why = f"{self.signal}: leaves before its first step"
+            tell_agent(f"{self.place.name}: {why}", is_cause=False)
+            self._leave(why, EXIT_STOPPED)
         self._say(f"{self.signal}: stops after this step")
         threading.Thread(target=self._watch_the_clock, name="grace", daemon=True).start()
 

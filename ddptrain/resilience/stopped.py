@@ -2,11 +2,13 @@
 
 A stopped process cannot watch over itself, and neither can the others if all are stopped, or are
 on other machines. torch's agent waits for it forever. So each rank that an agent has started has
-a small process beside it, which imports nothing and ends with its rank.
+a small process beside it, which imports nothing and ends with its rank. It looks at the agent's
+other ranks as well, which may have been stopped before they had one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,7 +30,7 @@ def end_if_stopped(hang_seconds: float | None) -> None:
     seconds = str(hang_seconds + AFTER_WATCHDOG_SECONDS)
     # Without site packages, and in a session of its own: a signal to the ranks is not for it.
     subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(os.getpid()), seconds],
+        [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(os.getppid()), seconds],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -37,15 +39,27 @@ def end_if_stopped(hang_seconds: float | None) -> None:
     )
 
 
-def watch(rank: int, seconds: float) -> None:
-    """Kill the process ``rank``, our parent, once it has been stopped for ``seconds``."""
-    since = None
+def watch(rank: int, agent: int, seconds: float) -> None:
+    """Kill ``rank``, our parent, or another child of its ``agent`` that was stopped for so long."""
+    since: dict[int, float] = {}
     while os.getppid() == rank:
         now = time.monotonic()
-        since = (since or now) if _is_stopped(rank) else None
-        if since is not None and now - since > seconds:
-            os.kill(rank, signal.SIGKILL)
+        stopped = [pid for pid in {rank, *_children(agent)} if _is_stopped(pid)]
+        since = {pid: since.get(pid, now) for pid in stopped}
+        for pid, when in since.items():
+            if now - when > seconds:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
+
+
+def _children(pid: int) -> list[int]:
+    """What a process has started, where the kernel says so."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as stream:
+            return [int(child) for child in stream.read().split()]
+    except OSError:
+        return []
 
 
 def _is_stopped(pid: int) -> bool:
@@ -57,4 +71,4 @@ def _is_stopped(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), float(sys.argv[2]))
+    watch(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -153,7 +153,8 @@ class Watchdog:
         """Write every thread's Python stack to this rank's log; return the main thread's line."""
         beat = pulse.now
         seconds = time.monotonic() - beat.since
-        logger.info("in %s of step %s for %.0f s", beat.phase, beat.step, seconds)
+        where = beat.phase, beat.step, seconds, unfinished()
+        logger.info("in %s of step %s for %.0f s%s", *where)
         frames = sys._current_frames()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         main = threading.main_thread().ident
