@@ -79,7 +79,8 @@ def training(ranks: Ranks, folder: Path, turns: int) -> None:
     some_steps(trainer, None, None, STEPS // 2)  # what is due every 50 comes in mid-turn
     seconds: dict[Every, list[float]] = {every: [] for every in EVERY}
     for turn in range(1 + turns):
-        for every in EVERY:
+        first = turn % len(EVERY)  # no kind always has the same place in a turn
+        for every in (*EVERY[first:], *EVERY[:first]):
             ranks.barrier()
             began = time.perf_counter()
             some_steps(trainer, *every, STEPS)
@@ -107,7 +108,10 @@ def the_trainer(ranks: Ranks, folder: Path) -> Trainer:
 
 
 def some_steps(trainer: Trainer, memory: int | None, durable: int | None, count: int) -> None:
-    """Train as ``Trainer.go_on`` does, with snapshots and checkpoints at such intervals."""
+    """Train as ``Trainer.go_on`` does, with snapshots and checkpoints at such intervals.
+
+    Without what it does once, in the first step: that is for a run that is told of by its config.
+    """
     trainer.config.checkpoint.memory_every_steps = memory
     trainer.config.checkpoint.every_steps = durable
     for step in range(trainer.done, trainer.done + count):
@@ -116,8 +120,6 @@ def some_steps(trainer: Trainer, memory: int | None, durable: int | None, count:
         trainer.advance(step + 1)
         trainer.heed()
         trainer.observer.fingerprint(trainer.record)
-        if not trainer.is_warm:
-            trainer.warm_up()
         trainer.tend()
 
 

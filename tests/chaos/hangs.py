@@ -81,4 +81,5 @@ class Sleep:
         return True
 
 
-ALL: list[Fault] = [Stop(), StopInStart(), Sleep()]
+AT_WORK: list[Fault] = [Stop(), Sleep()]
+ALL: list[Fault] = [*AT_WORK, StopInStart()]

@@ -21,8 +21,7 @@ from chaos.setting import Setting
 
 OWN_CLOCK = "CHAOS_CLOCK"
 CGROUPS = Path("/sys/fs/cgroup")
-ENTER = 'mkdir -p "$1" && mount --bind "$0" "$1" && shift && exec "$@"'
-"""Only where snapshots are is it small: what workers have loaded goes through the rest."""
+ENTER = 'mount --bind "$0" /dev/shm && exec "$@"'
 ALLOWANCE = 256 * 2**20
 """Bytes that a process in the small memory may allocate."""
 
@@ -52,17 +51,16 @@ class SmallMachine(Setting):
         self.memory = self.folder / "memory"
 
     def memories(self) -> list[Path]:
-        return [self.memory / path.name for path in super().memories()]
+        return [self.memory / path.relative_to("/dev/shm") for path in super().memories()]
 
     def commands(self) -> list[list[str]]:
-        shared = str(super().memories()[0].parent)
-        enter = ["unshare", "--mount", "sh", "-c", ENTER, str(self.memory), shared]
+        enter = ["unshare", "--mount", "sh", "-c", ENTER, str(self.memory)]
         return [[*enter, *command] for command in super().commands()]
 
     @contextlib.contextmanager
     def disks(self) -> Iterator[None]:
         """What is small, until the block ends."""
-        with small_disk(self.run, mebibytes=16), small_disk(self.memory, mebibytes=8):
+        with small_disk(self.run, mebibytes=16), small_disk(self.memory, mebibytes=16):
             yield
 
 
@@ -84,18 +82,19 @@ class Full:
             for size in (2**16, 2**12, 1):
                 _fill(stream.fileno(), b"\0" * size)
         context.excused_until = time.monotonic() + self.seconds
-        threading.Timer(self.seconds, filler.unlink).start()
+        threading.Timer(self.seconds, filler.unlink, [True]).start()  # the run may be over
         return True
 
 
 @dataclass(frozen=True)
 class FullMemory(Full):
-    """The file system of the node's memory has no byte left, for some seconds."""
+    """The node's memory has no byte left, for some seconds: not for batches of workers either."""
 
     name: str = "full memory"
 
     def place(self, context: Context) -> Path:
-        return context.setting.memories()[0].parent
+        setting = context.setting
+        return setting.memory if isinstance(setting, SmallMachine) else setting.folder
 
 
 def _fill(descriptor: int, block: bytes) -> None:

@@ -170,12 +170,15 @@ class Operator:
         told = fault.name, fault.stops, moment, number, at, frontier, begun, fault.spares
         self.events.append(Event(*told))
 
-    def says_stopped(self) -> bool:
-        """Whether the run itself says so: torchrun exits with 1 whatever its ranks exit with."""
+    def says_so(self) -> bool:
+        """Whether the run itself says that it stopped, or was over when the signal came.
+
+        torchrun exits with 1 whatever its ranks exit with.
+        """
         result = self.setting.run / "result.json"
         if self.setting.launcher != "torchrun" or not result.exists():
             return False
-        return bool(json.loads(result.read_text())["status"] == "stopped")
+        return bool(json.loads(result.read_text())["status"] in ("stopped", "completed"))
 
     def judge(self, start: Start) -> None:
         """Whether a start may end as this one did. Raises ``StoryFailed``."""
@@ -191,7 +194,7 @@ class Operator:
         if not mine and start.began > self.excused_until:
             raise StoryFailed(f"start {start.number} ended with {start.code}, undisturbed\n{tail}")
         alone = len(mine) == 1 and mine[0].stops and mine[0].begun_before > 1
-        if alone and start.code != EXIT_STOPPED and not self.says_stopped():
+        if alone and start.code != EXIT_STOPPED and not self.says_so():
             what = f"start {start.number} ended with {start.code} after {mine[0].kind}, not with 75"
             raise StoryFailed(f"{what}\n{tail}")
 
