@@ -228,7 +228,7 @@ def _rerun(parsed: argparse.Namespace) -> int:
         different.append("the folder is in no git repository: what differs in code cannot be told")
     for change in different or ["the code and versions are the same"]:
         print(f"  {change}")
-    config.run.dir = None
+    config.run.dir = config.checkpoint.dir = None
     config.run.resume = Resume.auto
     before = run.outcome()
     if config.launch.nproc_per_node == "auto" and before:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from ddptrain.errors import Refused, Superseded
 
-LOCK_SECONDS = 1.0
+LOCK_SECONDS = 1.6
 """How long a process that was just killed may take to be gone."""
 OWNER = ".owner"
 LOCK = ".lock"

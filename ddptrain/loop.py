@@ -121,10 +121,10 @@ class Trainer(Run):
         """Begin, once the first step is out, what is needed later."""
         self.is_warm = True
         with self.clock.paused():
-            for evaluation in self.evaluations.values():
-                evaluation.prepare()
             fetchers = [self.fetcher, *(e.fetcher for e in self.evaluations.values())]
             data = {fetcher.source.name: fetcher.digest() for fetcher in fetchers}
+            for evaluation in self.evaluations.values():
+                evaluation.prepare()  # in a thread, whose locks workers must not be forked with
             self.ranks.agree(data, "reads other data than", "give all nodes the same files")
             if self.ranks.is_first:
                 self.observer.first_step_done(data)
@@ -183,7 +183,7 @@ class Trainer(Run):
 
     def finish(self) -> dict[str, float]:
         """Log and evaluate what is not yet, save, and return the final metrics."""
-        if self.done > self.logged:
+        if not self.line:
             self.log()
         for split in self.evaluations:
             if not self.metrics_of(split):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 
@@ -19,6 +20,15 @@ def born(pid: int) -> str:
     """When a process started, in ticks since boot: with its number, its name for good."""
     fields = _fields(pid)
     return fields[19] if fields else ""
+
+
+def space() -> str:
+    """Where the numbers of processes are those of this one: a machine, or a container of it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def is_gone(pid: int, start: str) -> bool:

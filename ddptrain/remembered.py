@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +28,8 @@ def compose_once(overrides: list[str], place: Place) -> Config:
         return cast("Config", OmegaConf.to_object(typed))
     config = compose(overrides)
     if file is not None:
-        replace_text(file, json.dumps(to_plain(config)))
+        with suppress(OSError):  # it is composed again then
+            replace_text(file, json.dumps(to_plain(config)))
     return config
 
 

@@ -74,6 +74,7 @@ class Run:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint, if there is one; return the steps already done."""
+        self.step.is_updating = True  # nothing of what is half loaded is to be rescued
         saved = recover(self.checkpoints, self.ranks)
         if self.beginning is None:
             self.beginning = self.state(0)
@@ -95,6 +96,7 @@ class Run:
         if self.ranks.is_first:
             self.progress.open()
             self.progress.mark(self.done)  # or the next start counts again what this one lost
+        self.step.is_updating = False
         self.tell()
         if self.config.log.fingerprint_every is not None:
             self.observer.begin_fingerprints(self.step.fingerprints.header(self.done), self.record)
@@ -127,7 +129,6 @@ class Run:
         self.ranks.barrier()  # nobody reads what another rank is about to delete
         self.observer.close()
         self.restore()
-        self.step.is_updating = False
         self.observer.divergence(self.done, str(error))
 
     def tell(self) -> None:
@@ -171,7 +172,7 @@ class Run:
         told = self.metrics, self.line, self.record
         return capture(done, self.task, self.step.optimizer, numbers, *told)
 
-    def rescue(self, until: float, durable: bool) -> str | None:
+    def rescue(self, until: float, copy_until: float, may_write: Callable[[], bool]) -> str | None:
         """Save the last finished step before ``until``, in whichever thread finds it necessary.
 
         For a rank that ends afterwards: its main thread, if it still runs, takes no further step.
@@ -191,7 +192,9 @@ class Run:
                     break
                 if time.monotonic() > until:
                     return None
-            return None if state is None else self.checkpoints.rescue(state, until, durable)
+            if state is None:
+                return None
+            return self.checkpoints.rescue(state, until, copy_until, may_write)
 
     def _last_finished(self, marks: tuple[int, int, int]) -> State | None:
         """The state after the last finished step, whatever the host and the device do next."""

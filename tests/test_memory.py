@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -51,8 +51,9 @@ def state(step: int, megabytes: float = 0.1) -> State:
     return State(step, {MODEL: {"weight": weights}}, numbers)
 
 
-def soon() -> float:
-    return time.monotonic() + 20
+def soon(durable: bool) -> tuple[float, float, Callable[[], bool]]:
+    now = time.monotonic()
+    return now + 20, now + 2, lambda: durable
 
 
 def holds(where: str | None, step: int, megabytes: float = 0.1) -> bool:
@@ -84,7 +85,7 @@ def test_a_damaged_snapshot_of_a_later_step_is_not_taken_for_the_rescue(tmp_path
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert holds(build(tmp_path).rescue(state(15), soon(), durable=False), 15)
+    assert holds(build(tmp_path).rescue(state(15), *soon(False)), 15)
 
 
 @pytest.mark.parametrize("there", [20, 21])
@@ -92,7 +93,7 @@ def test_a_whole_snapshot_of_the_step_or_a_later_one_is_enough(tmp_path: Path, t
     kept = build(tmp_path)
     kept.save(state(there), durable=False)
     kept.settle()
-    where = build(tmp_path).rescue(state(20), soon(), durable=True)
+    where = build(tmp_path).rescue(state(20), *soon(True))
     assert where == str(tmp_path / "checkpoints" / f"step-{there:08d}")
     assert holds(where, there)
 
@@ -105,7 +106,7 @@ def test_a_full_memory_makes_room_by_older_snapshots(tmp_path: Path) -> None:
         process.start()
         process.join()
         assert process.exitcode == 0
-        where = build(tmp_path, shared=shared).rescue(state(31, 2.0), soon(), durable=False)
+        where = build(tmp_path, shared=shared).rescue(state(31, 2.0), *soon(False))
         assert holds(where, 31, 2.0)
         assert where is not None
         assert Path(where).parent == shared / "memory"
@@ -128,7 +129,7 @@ def test_where_there_is_no_room_in_memory_it_goes_beside_the_run(tmp_path: Path)
         kept.save(state(30, 2.0), durable=False)  # snapshots, too
         kept.settle()
         assert kept.memory.root == tmp_path / "beside"
-        where = build(tmp_path, shared=shared).rescue(state(31, 2.0), soon(), durable=False)
+        where = build(tmp_path, shared=shared).rescue(state(31, 2.0), *soon(False))
         assert holds(where, 31, 2.0)
         assert where is not None
         assert Path(where).parent == tmp_path / "beside"
@@ -139,7 +140,7 @@ def test_a_rescue_does_not_wait_for_a_checkpoint_on_its_way_to_a_slow_store(tmp_
     kept.save(state(30), durable=True)
     with kept.writer.changed:
         assert kept.writer.changed.wait_for(lambda: kept.writer.storing is not None, 20)
-    where = kept.rescue(state(31), soon(), durable=True)
+    where = kept.rescue(state(31), *soon(True))
     assert not kept.writer.has_ended(time.monotonic())
     assert holds(where, 31)
     assert where is not None
@@ -150,7 +151,7 @@ def test_all_slots_in_use_keep_nobody_from_a_rescue(tmp_path: Path) -> None:
     kept = build(tmp_path)
     for slot in kept.memory.slots:
         slot.busy = True
-    assert holds(kept.rescue(state(31), soon(), durable=False), 31)
+    assert holds(kept.rescue(state(31), *soon(False)), 31)
 
 
 def test_survivors_of_a_node_save_one_copy_of_each_step(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def _rescue(folder: Path, step: int, number: int) -> None:
     kept = build(folder)
     take = kept.memory.take
     kept.memory.take = lambda *given: (taken.append(given), take(*given))[1]  # type: ignore[method-assign]
-    assert kept.rescue(state(step), soon(), durable=False) is not None
+    assert kept.rescue(state(step), *soon(False)) is not None
     (folder / f"taken-{number}").write_text(str(len(taken)))
     copies = [int(file.read_text()) for file in folder.glob("taken-*")]
     assert sum(copies) <= 2

@@ -18,12 +18,8 @@ from ddptrain.checkpoint.writer import Job, Writer
 from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import State
 
-COPY_SECONDS = 10.0
-"""So long a rank that leaves copies what is in memory to the store."""
 NEIGHBOUR_SECONDS = 10.0
 """So long a rank that leaves waits for another of its node that is saving."""
-STORE_SECONDS = 2.0
-"""So long a rank that leaves waits for a checkpoint that is on its way to the store."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +86,15 @@ class Checkpoints:
             what = f"the checkpoint of step {state.step} could not be taken: {where}: {error}"
             self.unsaved = CheckpointError(f"{what}; make room there and start the run again")
 
-    def rescue(self, state: State, until: float, durable: bool) -> str | None:
+    def rescue(
+        self, state: State, until: float, copy_until: float, may_write: Callable[[], bool]
+    ) -> str | None:
         """Save ``state`` at once, in memory first; return where it is, None if nowhere.
 
         For a rank that is about to leave, in any thread. ``until`` is the ``time.monotonic`` at
-        which to have ended; ``durable`` says whether this rank may write to the store. Of the
-        ranks of a node one at a time does it, and most find it done.
+        which to have saved it in memory, ``copy_until`` that until which it is copied to the store,
+        if this rank ``may_write`` there. Of the ranks of a node one at a time does it, and most
+        find it done.
         """
         slot = self.writer.rest()
         with self.memory.alone(min(until, time.monotonic() + NEIGHBOUR_SECONDS)):
@@ -104,20 +103,29 @@ class Checkpoints:
                 slot = self.memory.rescue(slot, state, self._manifest(state))
                 there = self.memory.stores[slot.tier], state.step
         store, step = there
-        durable = durable and self.writer.has_ended(min(until, time.monotonic() + STORE_SECONDS))
         copied = threading.Event()
-        if durable and time.monotonic() < until:
-            # In a thread, for a store that takes too long must not keep this rank from leaving.
-            copy = threading.Thread(
-                target=self._make_durable, args=[store, step, copied], daemon=True
-            )
-            copy.start()
-            copy.join(min(until - time.monotonic(), COPY_SECONDS))
+        # In a thread, for a store that takes too long must not keep this rank from leaving.
+        copy = threading.Thread(
+            target=self._make_durable,
+            args=[store, step, copy_until, may_write, copied],
+            daemon=True,
+        )
+        copy.start()
+        copy.join(max(0.0, copy_until - time.monotonic()))
         return (self.store if copied.is_set() else store).where(step)
 
-    def _make_durable(self, store: Store, step: int, copied: threading.Event) -> None:
+    def _make_durable(
+        self,
+        store: Store,
+        step: int,
+        until: float,
+        may_write: Callable[[], bool],
+        copied: threading.Event,
+    ) -> None:
         """Copy the snapshot of ``step``, whoever has made it, from memory to the store."""
         try:
+            if not may_write() or not self.writer.has_ended(until):
+                return
             manifest = store.manifest(step)
             paths = {name: Path(store.where(step, name)) for name in manifest["files"]}
             self.store.write(step, paths, manifest)

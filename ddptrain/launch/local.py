@@ -82,7 +82,7 @@ def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
         print(f"ddptrain: {error}", file=sys.stderr)
         return True
     known = crashes.of_launch()
-    return was_raised and (not known or known[-1].is_cause)
+    return was_raised and (not known or (known[-1].is_cause and known[-1].finished == 0))
 
 
 def _stopped(run: RunDirectory, asked: signal.Signals) -> int:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from ddptrain import pulse
 from ddptrain.build import build_trainer
-from ddptrain.compose import flatten, to_plain
-from ddptrain.config import Config, Reduction, Resume
+from ddptrain.config import Config, Reduction
 from ddptrain.errors import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -26,7 +25,8 @@ from ddptrain.errors import (
     Stopped,
     Superseded,
 )
-from ddptrain.files import Claim, replace_text
+from ddptrain.files import Claim
+from ddptrain.launch.agreement import agree_on_directory, common
 from ddptrain.loop import Trainer
 from ddptrain.observe.console import say
 from ddptrain.observe.logs import open_log
@@ -46,22 +46,25 @@ from ddptrain.resilience.failure import (
     tell_agent,
 )
 from ddptrain.resilience.preemption import StopRequest
+from ddptrain.resilience.verdict import PATIENCE
 from ddptrain.resilience.watchdog import Watchdog
-from ddptrain.run_directory import RunDirectory, open_directory
+from ddptrain.run_directory import RunDirectory
 from ddptrain.state import fingerprint
 from ddptrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT, NEVER = timedelta(minutes=30), timedelta(days=7)
 MEETING_SECONDS = 30.0
 """Ranks that start at once may come so far apart, on a busy machine with a slow disk."""
 NOTHING_TO_RESCUE = (
     NonFiniteError, DivergenceError, Stopped, Refused, CheckpointError, Superseded
 )  # fmt: skip
 """Errors that come with a checkpoint, or without a state that could be trusted."""
+COPY_SECONDS = 5.0
+"""So long it also copies what it has saved in memory to the store."""
+LAST_RESORT_SECONDS = 5.0
 RESCUE_SECONDS = 25.0
 """torchrun's agent gives survivors 30 s, whatever it is told."""
-RUN_KEY = "ddptrain/run.dir"
 
 
 def run_rank(
@@ -124,10 +127,13 @@ class Attempt:
             processes = ranks.attempt.processes
             self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
             self.watchdog.start()
-        ranks.join(TIMEOUT)
+        patience = None if hang_seconds is None else PATIENCE * hang_seconds + 60
+        ranks.join(
+            timedelta(days=7) if patience is None else max(TIMEOUT, timedelta(seconds=patience))
+        )
         remedy = "start all ranks with the same arguments"
-        ranks.agree(_common(config), "was started with another config than", remedy)
-        self.run, self.claim = _agree_on_directory(config, ranks, overrides)
+        ranks.agree(common(config), "was started with another config than", remedy)
+        self.run, self.claim = agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
         Crashes(self.run.crashes).refuse_loop()
         self.ranks = ranks
@@ -157,53 +163,62 @@ class Attempt:
         if self.watchdog is not None:
             self.watchdog.end()
 
-    def rescue(self, until: float, durable: bool) -> str | None:
+    def rescue(self, until: float, copy_until: float) -> str | None:
         """Save the last finished step; to the store if nobody else of this attempt can."""
         if self.trainer is None or self.claim is None:
             return None
-        place = self.trainer.rescue(until, durable and self.claim.holds())
+        place = self.trainer.rescue(until, copy_until, self.claim.holds)
         if place is not None:
             logger.info("the last finished step is saved in %s", place)
         return place
 
+    def rescue_soon(self) -> None:
+        """Save in time for the next attempt, which waits for this rank to leave."""
+        now = time.monotonic()
+        self.rescue(now + RESCUE_SECONDS, now + COPY_SECONDS)
+
     def leave(self, why: str, speaks: bool) -> None:
         """End this rank from the side, its main thread being stuck; the last step is saved."""
         line = f"{self.place.name}: {why}"
-        logger.info("%s", why)
         tell_agent(line)
         if speaks:
             with contextlib.suppress(OSError):
                 os.write(2, f"{line}\n".encode())
         with contextlib.suppress(Exception):
-            self.rescue(time.monotonic() + RESCUE_SECONDS, True)
+            self.rescue_soon()
+        logger.info("%s", why)
         with contextlib.suppress(Exception):
             self.note(why, is_cause=False)
         leave_now(EXIT_FAILED)
 
     def fail(self, error: BaseException, on_screen: bool) -> int:
-        """Save what can be saved, and report; return the exit code."""
+        """Report, and save what can be saved; return the exit code."""
+        faulthandler.dump_traceback_later(RESCUE_SECONDS + LAST_RESORT_SECONDS, exit=True)
         note(error)
-        context = ""
+        context = "" if self.trainer is None else _where(self.trainer, error)
+        told = error, self.place, context, on_screen, self.stop_request.heard
+        waits = is_of_peer(error)  # for the rank with the cause to speak first
+        code = EXIT_FAILED if waits else exit_with(*told)
         if self.watchdog is not None:
             self.watchdog.end()
         if self.trainer is not None:
             if not isinstance(error, NOTHING_TO_RESCUE):
                 with contextlib.suppress(Exception):  # the error to show is the first one
-                    self.rescue(time.monotonic() + RESCUE_SECONDS, True)
+                    self.rescue_soon()
             if not isinstance(error, Superseded):
                 self.trainer.observer.close()
-            context = _where(self.trainer, error)
             if not isinstance(error, Stopped):
                 with contextlib.suppress(Exception):
                     is_final = isinstance(error, NonFiniteError)
-                    self.note(f"{context}{summary(error)}", not is_of_peer(error), is_final)
+                    self.note(f"{context}{summary(error)}", not waits, is_final)
             if self.place.rank == 0 and self.run is not None:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 with contextlib.suppress(Exception):
                     if self.claim is not None:
                         self.claim.check()
                     write_result(self.run, self.result(status))
-        return exit_with(error, self.place, context, on_screen, self.stop_request.heard)
+        faulthandler.cancel_dump_traceback_later()
+        return exit_with(*told) if waits else code
 
     def note(self, why: str, is_cause: bool, is_final: bool = False) -> None:
         """Put on record in which step this rank failed."""
@@ -224,13 +239,15 @@ class Attempt:
         assert trainer is not None
         plan = trainer.fetcher.source.plan
         samples = plan.samples_before(trainer.done)
+        is_stuck = status == "failed" and trainer.ranks.device.type == "cuda"
         return {
             "status": status,
             "step": trainer.done,
             "samples": samples,
             "epochs": samples / plan.samples,
             "metrics": trainer.metrics,
-            "weights_sha256": fingerprint(trainer.task),
+            # Of a GPU that waits for a rank that has gone, nothing can be read any more.
+            "weights_sha256": None if is_stuck else fingerprint(trainer.task),
             "wall_seconds": time.monotonic() - self.began,
             "step_ms_median": trainer.clock.median_ms,
             "world_size": trainer.ranks.world_size,
@@ -248,37 +265,11 @@ def _example(task: Task) -> str | None:
         return None
 
 
-def _common(config: Config) -> dict[str, Any]:
-    """What must be alike on all ranks: more than is computed, for logging is a collective too."""
-    own = ("run.", "launch.", "data.workers")
-    return {k: v for k, v in flatten(to_plain(config)).items() if not k.startswith(own)}
-
-
-def _agree_on_directory(
-    config: Config, ranks: Ranks, overrides: list[str]
-) -> tuple[RunDirectory, Claim]:
-    """Let rank 0 create or open the run's directory; after a restart it is the same one.
-
-    The store of the agent outlives the ranks, so that a run without ``run.dir`` finds itself.
-    """
-    claim: Claim | None = None
-    if ranks.is_first:
-        store = ranks.store
-        if store is not None and store.check([RUN_KEY]):
-            config.run.dir = store.get(RUN_KEY).decode()
-            config.run.resume = Resume.auto
-        run = open_directory(config, overrides)
-        claim = Claim(run.path)
-        claim.take()
-        if store is not None:
-            store.set(RUN_KEY, str(run.path))
-        told = str(run.path), claim.token, run.identity.read_text()
-    path, token, identity = ranks.from_first(told if claim else None)
-    run = RunDirectory(Path(path), identity)
-    if ranks.place.local_rank == 0 and RunDirectory(run.path).known_identity() != identity:
-        run.path.mkdir(parents=True, exist_ok=True)  # on the file system that this node sees
-        replace_text(run.identity, identity)
-    return run, claim or Claim(run.path, token)
+def _timeout(hang_seconds: float | None) -> timedelta:
+    """Of a collective: longer than the watchdog's longest patience, which says more."""
+    if hang_seconds is None:
+        return NEVER
+    return max(TIMEOUT, timedelta(seconds=PATIENCE * hang_seconds + 60))
 
 
 def _where(trainer: Trainer, error: BaseException) -> str:

@@ -22,6 +22,8 @@ def say(text: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # for what follows, and for Python's own last flush
         os.close(nowhere)
+    except OSError:
+        pass  # redirected to a disk that is full
 
 
 class Screen(Protocol):

@@ -53,13 +53,19 @@ class JsonLines:
         if self.descriptor is None:
             if self.file.exists():
                 self.last_step = _cut(self.file, self.resumed_at)
-            spilled = read_json_lines(self.spill) if self.spill is not None else []
-            kept = [line for line in spilled if line.get("step", 0) <= self.resumed_at]
-            self.waiting = b"".join(map(_encoded, kept)) + self.waiting
-            self.last_step = kept[-1].get("step") if kept else self.last_step
             self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self.size = os.fstat(self.descriptor).st_size
+            self._take_over()
         return self.descriptor
+
+    def _take_over(self) -> None:
+        """Have what the start before could not write wait first, unless it could after all."""
+        there = set(self.file.read_bytes().splitlines(keepends=True))
+        spilled = read_json_lines(self.spill) if self.spill is not None else []
+        kept = [line for line in spilled if line.get("step", 0) <= self.resumed_at]
+        kept = [line for line in kept if _encoded(line) not in there]
+        self.waiting = b"".join(map(_encoded, kept)) + self.waiting
+        self.last_step = kept[-1].get("step") if kept else self.last_step
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line. Raises ``OSError``, and has it wait, if the disk does not take it."""
@@ -68,7 +74,11 @@ class JsonLines:
 
     def flush(self) -> None:
         """Write what waits, all of it or nothing: half a line would spoil the one after it."""
-        descriptor = self._open()
+        try:
+            descriptor = self._open()
+        except OSError:
+            self._keep()
+            raise
         try:
             if os.write(descriptor, self.waiting) < len(self.waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file))

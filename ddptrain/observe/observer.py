@@ -67,7 +67,8 @@ class Observer:
             self.history.write()
         with self._surviving(self):
             self.run.result.unlink(missing_ok=True)
-        lines = read_json_lines(self.run.metrics)
+        spilled = self.run.memories()[0] / self.run.metrics.name
+        lines = read_json_lines(self.run.metrics) + read_json_lines(spilled)
         self.told = {str(line.get("split")) for line in lines if line.get("step") == resumed_at}
         self.resumed_at = resumed_at
         if before is not None and not resumed_at:

@@ -20,7 +20,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from ddptrain.errors import PeerFailed, TrainingError
-from ddptrain.processes import born
+from ddptrain.processes import born, space
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.05
 ROLL = "roll"
@@ -43,9 +43,13 @@ class Board(Protocol):
 
 @dataclass(frozen=True)
 class Process:
-    """One rank's process; ``born`` is the kernel's start time, so that it is told for good."""
+    """One rank's process; ``born`` is the kernel's start time, so that it is told for good.
+
+    ``space`` says where ``pid`` counts: containers may share the name of their host.
+    """
 
     host: str = field(default_factory=socket.gethostname)
+    space: str = field(default_factory=space)
     pid: int = field(default_factory=os.getpid)
     born: str = field(default_factory=lambda: born(os.getpid()))
     name: str = field(default_factory=lambda: uuid4().hex)

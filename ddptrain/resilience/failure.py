@@ -18,7 +18,7 @@ from ddptrain.errors import EXIT_FAILED, DataError, PeerFailed, TrainingError
 from ddptrain.place import Place
 
 COLLECTIVE_CODE = ("torch/distributed/", "torch/nn/parallel/")
-BACKWARD_CODE = "torch/autograd/graph.py"
+MAYBE_COLLECTIVE_CODE = ("torch/autograd/graph.py", "torch/futures/", "ddptrain/")
 LATER_SECONDS = 3600
 PEER_SECONDS = 3.0
 """How long a rank whose collective failed waits to be stopped, or to hear of the real cause."""
@@ -122,14 +122,15 @@ def _traceback(error: BaseException) -> str:
 
 
 def is_of_peer(error: BaseException) -> bool:
-    """Whether the innermost Python code was torch's, at a place where ranks talk.
+    """Whether the innermost Python code was at a place where ranks talk.
 
-    They also talk within backward, where a model has errors of its own: there the message tells.
+    They also talk within backward, where a model has errors of its own, and what is written in C++
+    leaves our own line as the innermost: there the message tells.
     """
     if isinstance(error, TrainingError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     innermost = frames[-1].filename.replace("\\", "/") if frames else ""
-    if BACKWARD_CODE in innermost:
+    if any(part in innermost for part in MAYBE_COLLECTIVE_CODE):
         return any(backend in str(error).lower() for backend in ("gloo", "nccl"))
     return any(part in innermost for part in COLLECTIVE_CODE)

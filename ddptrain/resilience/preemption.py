@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from ddptrain import pulse
 from ddptrain.errors import EXIT_FAILED, EXIT_STOPPED
 from ddptrain.place import Place
 from ddptrain.resilience.failure import tell_agent
@@ -17,12 +18,15 @@ from ddptrain.resilience.failure import tell_agent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SIDE_SHARE = 0.3
 """The last part of the grace, in which a rank that could not stop saves from the side."""
+LEAVING_SECONDS = 1.0
+"""Before the end of the grace, in which to leave."""
 ECHO_SECONDS = 0.5
 """A second Ctrl-C within so long is the first, handed on by the agent that got it as well."""
 ORPHAN_SECONDS = 1.5
 """An orphan has so long to save its state in memory; by then it has ended in any case."""
 
-Rescue = Callable[[float, bool], str | None]
+Rescue = Callable[[float, float], str | None]
+"""Saves until the first moment, and copies to the store until the second."""
 
 
 class StopRequest:
@@ -93,7 +97,11 @@ class StopRequest:
         time.sleep(self.grace_seconds * (1 - SIDE_SHARE))
         within = f"within {self.grace_seconds:g} s of {self.signal} (resilience.grace_seconds)"
         faulthandler.dump_traceback_later(max(0.1, until - time.monotonic()), exit=True)
-        place = self.rescue(until, True) if self.rescue is not None else None
+        place = self.rescue(until, until - LEAVING_SECONDS) if self.rescue is not None else None
+        while pulse.now.phase in (pulse.SAVING, pulse.TOGETHER) and (
+            time.monotonic() < until - LEAVING_SECONDS
+        ):
+            time.sleep(0.1)  # the main thread, or that of another rank, is writing the checkpoint
         if place is not None:
             why = f"could not stop {within}; the last finished step is saved in {place}"
             self._leave(why, EXIT_STOPPED)
@@ -103,7 +111,7 @@ class StopRequest:
         """The agent was killed: nobody will look after this rank, and another may take over."""
         faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
         until = time.monotonic() + ORPHAN_SECONDS / 2
-        place = self.rescue(until, True) if self.rescue is not None else None
+        place = self.rescue(until, until) if self.rescue is not None else None
         saved = f"the last finished step is saved in {place}" if place else "nothing new to save"
         self._leave(f"the process that started this rank has gone; {saved}", EXIT_FAILED)
 

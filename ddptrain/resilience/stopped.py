@@ -16,6 +16,8 @@ import sys
 import time
 
 POLL_SECONDS = 0.5
+KEPT = ("LD_LIBRARY_PATH",)
+"""Of the environment, what Python itself may need."""
 AFTER_WATCHDOG_SECONDS = 3.0
 """The other ranks' watchdogs come first: they say why."""
 
@@ -34,7 +36,7 @@ def end_if_stopped(hang_seconds: float | None) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={},
+        env={name: os.environ[name] for name in KEPT if name in os.environ},
         start_new_session=True,
     )
 

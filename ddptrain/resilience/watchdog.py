@@ -21,6 +21,8 @@ from ddptrain.resilience.flight import unfinished
 from ddptrain.resilience.verdict import Sign, explain, hangs
 
 POLL_SECONDS = 1.0
+ASLEEP_SECONDS = 3.0
+"""A thread that is late by so much was asleep with its process; so long it takes to hear anew."""
 PARTING_SECONDS = 2.0
 """So long the last message of a rank may take."""
 GONE_SECONDS = 3.0
@@ -55,8 +57,9 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.gone_since: dict[int, float] = {}
         self.processes = processes
-        self.host = processes[place.rank].host
+        self.space = processes[place.rank].space
         self.began = time.monotonic()
+        self.awake_since = self.began - ASLEEP_SECONDS
 
     def start(self) -> None:
         """Begin to watch."""
@@ -73,8 +76,14 @@ class Watchdog:
         return not self.thread.is_alive() and self.messenger.has_ended(PARTING_SECONDS)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self.ended.wait(POLL_SECONDS):
-            self._look()
+            now = time.monotonic()
+            if now - looked > ASLEEP_SECONDS:
+                self.awake_since = now  # this process was stopped, and knows nothing of that time
+            looked = now
+            if now - self.awake_since > ASLEEP_SECONDS:
+                self._look()
         self.messenger.end(self._told(finished=True))
 
     def _look(self) -> None:
@@ -121,11 +130,14 @@ class Watchdog:
                 signs.append(self._named(Sign(rank, pulse.START_UP, -1, silent, silent)))
         return signs
 
+    def _is_near(self, sign: Sign) -> bool:
+        return self.processes[sign.rank].space == self.space
+
     def _gone(self, signs: list[Sign]) -> int | None:
         """A rank of this machine that has ended while this one waits and waits."""
         now = time.monotonic()
         for sign in signs:
-            is_near = sign.host == self.host and not sign.finished
+            is_near = self._is_near(sign) and not sign.finished
             if not is_near or not is_gone(sign.pid, sign.born):
                 self.gone_since.pop(sign.rank, None)
                 continue
@@ -144,7 +156,7 @@ class Watchdog:
         time.sleep(max(0.0, until - time.monotonic()))
         known = [s if s.rank != self.place.rank else replace(s, stack=stack) for s in self._signs()]
         for sign in known:
-            if sign.host == self.host:
+            if self._is_near(sign):
                 kill_if_stopped(sign.pid, sign.born)
         report = f"no progress for {self.hang_seconds:g} s (resilience.hang_seconds): "
         self.leave(report + explain(known) + unfinished(), speaks)
