@@ -16,7 +16,6 @@ from ddptrain.files import flush
 
 Digest = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
-BLOCK = 2**22
 
 
 class Medium(Protocol):
@@ -173,12 +172,8 @@ class Remote:
 
     @_as_disks_do
     def digest(self, folder: str, name: str) -> Digest:
-        digest, size = sha256(), 0
-        with self.files.open(self._path(folder, name), "rb") as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
-                size += len(block)
-        return {"bytes": size, "sha256": digest.hexdigest()}
+        content = self.read(folder, name)
+        return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
     @_as_disks_do
     def make(self, folder: str) -> None:
