@@ -125,7 +125,7 @@ class Writer:
         with self.changed:
             until = time.monotonic() + seconds
             while self.next is not None or self.sealing is not None or self.owed:
-                failing = self.problem is not None and self.storing is None
+                failing = self.problem is not None
                 if failing and (left := until - time.monotonic()) <= 0:
                     break
                 self.pause = min(self.pause, 1.0)
