@@ -23,6 +23,7 @@ from ddptrain.checkpoint.memory import SLOTS, Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.saved import MODEL
 from ddptrain.checkpoint.store import Store
+from ddptrain.errors import CheckpointError
 from ddptrain.files import Claim
 from ddptrain.state import State
 
@@ -37,6 +38,17 @@ class Slow(Disk):
     def put(self, folder: str, name: str, source: Path, promised: dict[str, Any]) -> None:
         time.sleep(3.0)
         super().put(folder, name, source, promised)
+
+
+class Away(Disk):
+    """A store that takes its time to say that it is away."""
+
+    tries = 0
+
+    def put(self, folder: str, name: str, source: Path, promised: dict[str, Any]) -> None:
+        self.tries += 1
+        time.sleep(1.0)
+        raise OSError("away")
 
 
 def build(folder: Path, medium: Disk | None = None, shared: Path | None = None) -> Checkpoints:
@@ -193,6 +205,18 @@ def test_a_slow_store_holds_up_no_snapshot(tmp_path: Path) -> None:
     kept.settle()
     assert kept.store.steps() == [1, 2]
     assert kept.memory.store.steps()[-1] == 29
+
+
+def test_a_store_that_is_slow_to_fail_holds_up_nobody(tmp_path: Path) -> None:
+    """Checkpoints come faster than it fails; the newest is owed in the end, and is in memory."""
+    away = Away(tmp_path / "checkpoints")
+    kept = build(tmp_path, away)
+    for step in range(1, 21):
+        kept.save(state(step), durable=True)
+    assert away.tries < 5
+    with pytest.raises(CheckpointError, match="the checkpoint of step 20 is not in"):
+        kept.writer.settle(seconds=0.0)
+    assert kept.memory.store.steps()[-1] == 20
 
 
 def test_checkpoints_that_cannot_be_pruned_are_written_all_the_same(

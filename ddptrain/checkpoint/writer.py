@@ -174,9 +174,9 @@ class Writer:
             self.memory.prune()
 
     def _owe(self, job: Job) -> None:
-        """What could not be written is not worth a newer one's delay."""
-        while self.problem is not None and self.owed and self.owed[0] is not self.storing:
-            self.owed.popleft().slot.busy = False
+        """While the store fails, the newest is enough: each that waits holds a slot."""
+        while self.problem is not None and self.owed and self.owed[-1] is not self.storing:
+            self.owed.pop().slot.busy = False
         self.owed.append(job)
 
     def _store(self) -> None:
@@ -192,7 +192,7 @@ class Writer:
                 self._end(job)
             except Exception as error:
                 self._tell(job, error)
-                self._end(None)
+                self._end(job if self.owed[-1] is not job else None)
             else:
                 self._recover(job)
                 self._end(job)
