@@ -125,7 +125,8 @@ class Writer:
         with self.changed:
             until = time.monotonic() + seconds
             while self.next is not None or self.sealing is not None or self.owed:
-                failing = self.problem is not None
+                is_sealed = self.next is None and self.sealing is None
+                failing = is_sealed and self.problem is not None
                 if failing and (left := until - time.monotonic()) <= 0:
                     break
                 self.pause = min(self.pause, 1.0)
