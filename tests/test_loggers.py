@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos.machine import small_disk
 
 from ddptrain.observe.loggers import JsonLines, read_json_lines
 
@@ -17,11 +17,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mount
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", folder], check=True)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_disk(tmp_path / "disk", mebibytes=1) as folder:
+        yield folder
 
 
 def fill(disk: Path) -> Path:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import torch
+from chaos.machine import small_disk
 
 from ddptrain.checkpoint import leavings
 from ddptrain.checkpoint.checkpoints import Checkpoints
@@ -78,17 +77,6 @@ def holds(where: str | None, step: int, megabytes: float = 0.1) -> bool:
     )
 
 
-@contextlib.contextmanager
-def small_memory(folder: Path, megabytes: int) -> Iterator[Path]:
-    folder.mkdir()
-    size = f"size={megabytes}m"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "small", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def test_a_damaged_snapshot_of_a_later_step_is_not_taken_for_the_rescue(tmp_path: Path) -> None:
     kept = build(tmp_path)
     kept.save(state(20), durable=False)
@@ -113,7 +101,7 @@ def test_a_whole_snapshot_of_the_step_or_a_later_one_is_enough(tmp_path: Path, t
 @root_only
 def test_a_full_memory_makes_room_by_older_snapshots(tmp_path: Path) -> None:
     """Those of a dead keeper: a survivor that has none of its own can write only in their place."""
-    with small_memory(tmp_path / "shm", 7) as shared:
+    with small_disk(tmp_path / "shm", 7) as shared:
         process = FORK.Process(target=_keep, args=[tmp_path, shared, (10, 20, 30)])
         process.start()
         process.join()
@@ -134,7 +122,7 @@ def _keep(folder: Path, shared: Path, steps: tuple[int, ...]) -> None:
 @root_only
 def test_where_there_is_no_room_in_memory_it_goes_beside_the_run(tmp_path: Path) -> None:
     """As in a container, whose /dev/shm has 64 MB unless somebody asks for more."""
-    with small_memory(tmp_path / "shm", 1) as shared:
+    with small_disk(tmp_path / "shm", 1) as shared:
         (shared / "filler").write_bytes(b"0" * (MEGABYTE - 4096))
         kept = build(tmp_path, shared=shared)
         kept.memory.sign(tmp_path, "identity")
