@@ -15,8 +15,8 @@ from uuid import uuid4
 
 from ddptrain.errors import Refused, Superseded
 
-LOCK_SECONDS = 1.6
-"""How long a process that was just killed may take to be gone."""
+LOCK_SECONDS = 1.0
+"""So long a process that was just killed may take to be gone, after a start has read its config."""
 OWNER = ".owner"
 LOCK = ".lock"
 
