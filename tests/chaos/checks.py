@@ -92,12 +92,6 @@ def problems(story: Operator) -> list[str]:
     return [*found, *story.outlived, *lost_for_nothing(story, there.result), *late(story)]
 
 
-def lost(story: Operator, event: Event) -> int:
-    """The finished steps that were done again on account of a fault."""
-    begun = [step for a in story.trace.attempts for step, t in a.begun if event.at < t < event.over]
-    return sum(step < event.frontier for step in begun)
-
-
 def _alone(story: Operator) -> list[Event]:
     """The faults that came while no other one had still to be made good."""
     return [
@@ -111,9 +105,9 @@ def lost_for_nothing(story: Operator, result: dict[str, Any]) -> list[str]:
     """Steps that were lost although a replica lived."""
     spared = [event for event in _alone(story) if event.spares]
     found = [
-        f"{event.kind}: {steps} finished steps were done again"
+        f"{event.kind}: {event.lost} finished steps were done again"
         for event in spared
-        if (steps := lost(story, event))
+        if event.lost
     ]
     if len(spared) == len(story.events) and result["lost_steps"]:
         found += [f"result.json: lost_steps {result['lost_steps']}, and a replica always lived"]

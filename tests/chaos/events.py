@@ -80,6 +80,8 @@ class Event:
     spares: bool = False
     regained: float | None = None
     """Seconds until the run was further than it had been."""
+    lost: int = 0
+    """Finished steps that were done again on its account."""
 
     @property
     def over(self) -> float:

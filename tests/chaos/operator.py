@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from chaos.attribution import attribute
 from chaos.events import Doom, Event, Fault, Moment
 from chaos.processes import Process, command_of, is_alive, kill_all, of_story, send
 from chaos.setting import Setting
@@ -81,6 +82,8 @@ class Operator:
             while not self.starts or self.starts[-1].code != EXIT_COMPLETED:
                 self.one_start()
         finally:
+            over = self.starts[-1].ended or time.monotonic()
+            attribute(self.events, self.trace.attempts, over)
             kill_all(self.setting.mark)
 
     def one_start(self) -> None:
@@ -103,13 +106,12 @@ class Operator:
         self.judge(start)
 
     def follow(self, start: Start) -> None:
-        """Read the trace; notice faults that are made good, and a run that hangs."""
+        """Read the trace; notice who has gone, and a run that hangs."""
         if self.trace.update():
             self.last_news = time.monotonic()
-            for event in self.events:
-                if event.regained is None:
-                    passed = self.trace.when_passed(event.frontier, event.at)
-                    event.regained = None if passed is None else passed - event.at
+        for attempt in self.trace.attempts:
+            if attempt.ended is None and not is_alive(attempt.pid):
+                attempt.ended = time.monotonic()
         self.watch_the_doomed()
         if time.monotonic() - self.last_news > STALL_SECONDS:
             where = self.stacks(start)
@@ -185,9 +187,6 @@ class Operator:
         mine = [event for event in self.events if event.start == start.number]
         tail = start.output.read_text(errors="replace")[-4000:]
         if start.code == EXIT_COMPLETED:
-            for event in self.events:
-                if event.regained is None:
-                    event.regained = start.ended - event.at
             return
         if start.code == EXIT_REFUSED:
             raise StoryFailed(f"start {start.number} was refused\n{tail}")

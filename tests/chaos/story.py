@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from chaos.checks import lost, problems
+from chaos.checks import problems
 from chaos.events import Fault, Moment
 from chaos.operator import Operator, StoryFailed
 from chaos.setting import Setting
@@ -95,7 +95,7 @@ def account(story: Operator) -> str:
                 again = "–" if event.regained is None else f"{event.regained:.1f} s"
                 lines.append(
                     f"  {after:6.2f} s, step {event.frontier}: {event.kind}, "
-                    f"{lost(story, event)} steps lost, further after {again} ({event.moment})"
+                    f"{event.lost} steps lost, further after {again} ({event.moment})"
                 )
     for doom in story.dooms:
         if doom.took is not None:

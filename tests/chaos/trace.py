@@ -19,6 +19,8 @@ class Attempt:
     pid: int
     started: float
     begun: list[tuple[int, float]] = field(default_factory=list)
+    ended: float | None = None
+    """When the process was seen to have gone."""
 
 
 class Reader:
@@ -57,11 +59,6 @@ class Reader:
     def last_begun(self) -> float:
         """When the last step was begun, 0 before the first."""
         return max((a.begun[-1][1] for a in self.attempts if a.begun), default=0.0)
-
-    def when_passed(self, step: int, since: float) -> float | None:
-        """When a step after ``step`` was first begun, after the moment ``since``."""
-        later = [t for a in self.attempts for s, t in a.begun if s > step and t > since]
-        return min(later, default=None)
 
 
 @dataclass(frozen=True)
