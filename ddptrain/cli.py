@@ -169,7 +169,8 @@ def _rank(parsed: argparse.Namespace) -> int:
     config = compose_once(parsed.overrides, place)
     check_world_size(config, place.world_size)
     end_if_stopped(config.resilience.hang_seconds)
-    if place.rank == 0 and place.restarts == 0:
+    # A start after a node was lost counts as the first: whether it is, the agents' store tells.
+    if place.rank == 0 and place.restarts == 0 and config.run.resume is not Resume.never:
         check_directory(config)
     from ddptrain.launch.worker import run_rank
 

@@ -17,6 +17,10 @@ class Marks:
         self.updating = torch.zeros_like(self.begun)
         self.taken = torch.zeros_like(self.begun)
 
+    def void(self) -> None:
+        """What is there from now on is no state of the run, until ``set``."""
+        self.updating.fill_(-1)
+
     def set(self, done: int) -> None:
         """Go on from ``done`` steps."""
         for mark in (self.begun, self.updating, self.taken):

@@ -74,7 +74,7 @@ class Run:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint, if there is one; return the steps already done."""
-        self.step.is_updating = True  # nothing of what is half loaded is to be rescued
+        self.step.marks.void()  # nothing of what is half loaded is to be rescued
         saved = recover(self.checkpoints, self.ranks)
         if self.beginning is None:
             self.beginning = self.state(0)
@@ -83,8 +83,7 @@ class Run:
         if saved is not None:
             self.done = saved.step
             saved.put_back(self.task, self.step.optimizer)
-            self.step.marks.set(self.done)
-            self.step.load_numbers(saved.manifest["step_numbers"])
+            self.step.load_numbers(saved.manifest["step_numbers"], self.done)
             self.metrics = saved.manifest["metrics"]
             self.line = saved.manifest.get("line", {})
             self.record = saved.manifest.get("record")
@@ -96,7 +95,7 @@ class Run:
         if self.ranks.is_first:
             self.progress.open()
             self.progress.mark(self.done)  # or the next start counts again what this one lost
-        self.step.is_updating = False
+        self.step.marks.set(self.done)
         self.tell()
         if self.config.log.fingerprint_every is not None:
             self.observer.begin_fingerprints(self.step.fingerprints.header(self.done), self.record)
@@ -110,8 +109,7 @@ class Run:
         load_model(self.task, model_tensors(self.rebuild()))
         numbers = beginning.numbers
         load_optimizer(self.task, self.step.optimizer, {}, numbers["optimizer_numbers"])
-        self.step.marks.set(0)
-        self.step.load_numbers(numbers["step_numbers"])
+        self.step.load_numbers(numbers["step_numbers"], 0)
 
     def set_right(self, error: DivergenceError) -> None:
         """Go back to where the replicas were last known to be equal, all of them from one state.
@@ -119,7 +117,7 @@ class Run:
         Steps taken since then may have had a part of the wrong weights in their gradients. Raises
         ``error`` if it comes again.
         """
-        self.step.is_updating = True  # nothing of this is to be rescued
+        self.step.marks.void()  # nothing of this is to be rescued
         if self.checkpoints.keeps_memory:
             self.checkpoints.memory.discard(self.replicas.agreed)
         self.checkpoints.settle()
@@ -178,26 +176,32 @@ class Run:
         For a rank that ends afterwards: its main thread, if it still runs, takes no further step.
         Returns where it is, None if there is nothing to save.
         """
-        if not self.step.gate.acquire(timeout=max(0.0, until - time.monotonic())):
-            return None
-        if self.step.is_updating:
-            return None
-        with beside(self.ranks.device) as is_behind:
-            while True:
-                marks = self.step.marks.read()
-                state = self._last_finished(marks)
-                if state is not None and is_behind:
-                    state = on_host(state)
-                if not is_behind or (marks[1] == marks[2] and marks == self.step.marks.read()):
-                    break
-                if time.monotonic() > until:
-                    return None
+        with beside(self.ranks.device, self.step.gate, until) as is_behind:
+            state = None if is_behind is None else self._last_finished(is_behind, until)
             if state is None:
                 return None
             return self.checkpoints.rescue(state, until, copy_until, may_write)
 
-    def _last_finished(self, marks: tuple[int, int, int]) -> State | None:
-        """The state after the last finished step, whatever the host and the device do next."""
+    def _last_finished(self, is_behind: bool, until: float) -> State | None:
+        """The state after the last finished step, whatever the host and the device do next.
+
+        None before the first, or if an update was begun and is not going to end. A device that
+        ``is_behind`` may go on while it is read, and is read again then.
+        """
+        while True:
+            marks = self.step.marks.read()
+            _, updating, taken = marks
+            if updating == taken:
+                state = self._finished(marks)
+                if state is None or not is_behind:
+                    return state
+                state = on_host(state)
+                if marks == self.step.marks.read():
+                    return state
+            if not is_behind or time.monotonic() > until:
+                return None
+
+    def _finished(self, marks: tuple[int, int, int]) -> State | None:
         done = self.step.finished()
         if done == 0:
             return None

@@ -127,12 +127,11 @@ class Setbacks:
         assert anchor is not None
         step = self.step
         with step.gate:
-            step.is_updating = True
+            step.marks.void()
             load_model(step.module.task, anchor.files[MODEL])
             numbers = anchor.numbers["optimizer_numbers"]
             load_optimizer(step.module.task, step.optimizer, anchor.files[OPTIMIZER], numbers)
             step.rewind(anchor.numbers["step_numbers"], verdict.step + 1)
-            step.is_updating = False
         self._note(
             {**line, "back_to": anchor.step},
             f"{report}; back to the weights after {anchor.step} steps, and on behind this one",

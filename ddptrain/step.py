@@ -73,9 +73,8 @@ class Step:
         self.norm = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.current: MicroBatch | None = None
         self.marks = Marks(ranks.device)
-        # Who holds it finds the run between two updates, in whatever thread: see Trainer.rescue.
+        # Who holds it finds the run between two updates, in whatever thread: see Run.rescue.
         self.gate = threading.Lock()
-        self.is_updating = False
         self.verdicts = Lagging(ranks.device, 5)
         self.buffers = Buffers(module.task, ranks, self.reduction)
         # DDP lays its buckets out anew after its first backward, and where a number lies in a
@@ -109,13 +108,11 @@ class Step:
         if not self.skips_on_device:
             bad.item()  # the wait that comes with such an optimiser, not within the gate
         with self.gate:
-            self.is_updating = True
             self.marks.updating += 1
             self.norm.copy_(norm)
             self._follow_schedule(step)
             self._update(self._judge(step, account, bad, hopeless))
             self.marks.taken += 1
-            self.is_updating = False
 
     def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
@@ -276,9 +273,9 @@ class Step:
             numbers |= self.loss_scale.numbers()
         return numbers
 
-    def load_numbers(self, numbers: dict[str, Any]) -> None:
+    def load_numbers(self, numbers: dict[str, Any], done: int) -> None:
         """Put back what ``numbers`` returned, and the rate of the last step, for its log line."""
-        self._follow_schedule(max(0, int(self.marks.taken) - 1))
+        self._follow_schedule(max(0, done - 1))
         self.norm.fill_(numbers.get("grad_norm", 0.0))
         window = numbers["window"]
         self.module.window.load(window["account"], window["logs"] if self.ranks.is_first else {})
@@ -295,6 +292,6 @@ class Step:
         self.guard.in_a_row, self.guard.skipped = row, skipped
         if self.loss_scale is not None:
             self.loss_scale.load(numbers)
-        self.marks.set(done)
         self.rewinds += 1
         self.verdicts.forget()
+        self.marks.set(done)

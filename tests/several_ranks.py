@@ -203,7 +203,7 @@ def copy_state(whole: Trainer, resumed: Trainer) -> None:
     resumed.task.load_state_dict(whole.task.state_dict())
     tensors, numbers = optimizer_tensors(whole.task, whole.step.optimizer)
     load_optimizer(resumed.task, resumed.step.optimizer, tensors, numbers)
-    resumed.step.load_numbers(whole.step.numbers())
+    resumed.step.load_numbers(whole.step.numbers(), 0)
 
 
 def differing_logs(ranks: Ranks) -> dict[str, float]:

@@ -135,6 +135,20 @@ def test_where_there_is_no_room_in_memory_it_goes_beside_the_run(tmp_path: Path)
         assert Path(where).parent == tmp_path / "beside"
 
 
+@root_only
+@pytest.mark.parametrize(("megabytes", "where"), [(17.8, "shm/memory"), (18.2, "beside")])
+def test_a_tenth_of_the_memory_is_left_to_loading_workers(
+    tmp_path: Path, megabytes: float, where: str
+) -> None:
+    with small_disk(tmp_path / "shm", 20) as shared:
+        kept = build(tmp_path, shared=shared)
+        kept.save(state(1, megabytes), durable=False)
+        kept.settle()
+        assert kept.memory.root == tmp_path / where
+        found = build(tmp_path, shared=shared).rescue(state(2, megabytes), *soon(False))
+        assert holds(found, 2, megabytes)
+
+
 def test_a_rescue_does_not_wait_for_a_checkpoint_on_its_way_to_a_slow_store(tmp_path: Path) -> None:
     kept = build(tmp_path, Slow(tmp_path / "checkpoints"))
     kept.save(state(30), durable=True)

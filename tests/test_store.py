@@ -317,6 +317,18 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(
     assert whole <= set(kept.store.steps())
 
 
+@pytest.mark.parametrize(("damage", "name"), DAMAGES)
+def test_one_that_another_start_has_written_counts_only_if_it_is_whole(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    """Also where nobody had to read it, for the run went on from a snapshot in memory."""
+    for step in (10, 20):
+        save(checkpoints(tmp_path, keep_last=2), step)
+    damage(folder(checkpoints(tmp_path), 20))
+    save(checkpoints(tmp_path, keep_last=2), 30)
+    assert checkpoints(tmp_path).store.steps() == [10, 30]
+
+
 def test_no_checkpoint_is_a_new_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "none").newest() is None
     assert checkpoints(tmp_path).newest() is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -117,6 +119,35 @@ def test_only_a_stopped_process_of_that_birth_is_killed() -> None:
     assert kill_if_stopped(child, when)
     os.waitpid(child, 0)
     assert is_gone(child, when)
+
+
+AGENT = """
+import os, signal, subprocess, sys, time
+watched = "import time; from ddptrain.resilience.stopped import end_if_stopped as end; " + (
+    "end(0.5); print(flush=True); time.sleep(600)")
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+         for code in (watched, "import time; time.sleep(600)")]
+ranks[0].stdout.readline()
+os.kill(ranks[1].pid, signal.SIGSTOP)
+ranks[0].kill()
+print(ranks[1].wait(), flush=True)
+time.sleep(3)
+"""
+
+
+def test_a_rank_stopped_in_mid_start_is_killed_also_when_the_others_have_left() -> None:
+    """torch's agent waits for 30 s until it kills a rank that it has asked to end."""
+    agent = start([sys.executable, "-c", AGENT])
+    try:
+        out, err = agent.communicate(timeout=25)
+    finally:
+        kill_tree(agent.pid)
+    assert out.strip() == str(-signal.SIGKILL), err
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            command = process.read_text().split("\0")
+            assert not ("stopped.py" in "".join(command) and str(agent.pid) in command), command
 
 
 # --- real ranks --------------------------------------------------------------------------------

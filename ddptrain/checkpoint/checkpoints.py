@@ -51,6 +51,7 @@ class Checkpoints:
         self.told = False
         self.keeps_memory = True  # False where another rank keeps the memory that this one shares
         self.index: dict[int, dict[str, float]] | None = None
+        self.verified: set[int] = set()
 
     def save(self, state: State, durable: bool) -> None:
         """Copy ``state``; the caller may go on while the rest is done.
@@ -147,7 +148,8 @@ class Checkpoints:
         """Delete what need not be kept, now that the checkpoint of ``step`` is durable."""
         # One that cannot be read now is not deleted: its disk may be back tomorrow. Nor is a later
         # one: it was passed over when this attempt began, and is written again when its step comes.
-        stored, damaged = self._stored()
+        self.verified.add(step)
+        stored, damaged = self._stored(verified_below=step)
         for other in damaged:
             if other < step:
                 self.store.delete(other)
@@ -234,16 +236,22 @@ class Checkpoints:
         job = self.writer.pending()
         return self.index if job is None else {**self.index, job.step: job.manifest["metrics"]}
 
-    def _stored(self) -> tuple[dict[int, dict[str, float]], list[int]]:
+    def _stored(self, verified_below: int = 0) -> tuple[dict[int, dict[str, float]], list[int]]:
         """The metrics by step of the checkpoints that can be read, and which are damaged.
 
-        Warns of those that cannot be read, whether they ever will be.
+        Warns of those that cannot be read, whether they ever will be. Those of steps below
+        ``verified_below`` are read to the last bit, unless this start has done so: one that is
+        damaged must not be kept in place of one that is whole.
         """
         found = {}
         damaged = []
         for step in self.store.steps():
+            is_new = step < verified_below and step not in self.verified
             try:
-                found[step] = dict(self.store.manifest(step)["metrics"])
+                manifest = self.store.verify(step) if is_new else self.store.manifest(step)
+                found[step] = dict(manifest["metrics"])
+                if is_new:
+                    self.verified.add(step)
             except CheckpointError as error:
                 logger.warning("passing over a checkpoint: %s", error)
                 if isinstance(error, DamagedError):

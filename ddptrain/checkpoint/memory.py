@@ -36,6 +36,8 @@ SLOTS = 4
 
 Two are in use where it is not.
 """
+RESERVED = 0.1
+"""The share of a node's memory that is left to others: loading workers send samples through it."""
 LOCK = "lock"
 LOCK_PAUSE = 0.01
 
@@ -222,7 +224,9 @@ class Memory:
             return
         slot.files.pop(name, None)
         (slot.folder / name).unlink(missing_ok=True)
-        slot.files[name] = Mapped(slot.folder / name, tensors)
+        is_last_resort = slot.tier + 1 == len(self.roots)
+        reserve = 0.0 if is_last_resort else RESERVED
+        slot.files[name] = Mapped(slot.folder / name, tensors, reserve)
 
     def _drop(self, slot: Slot) -> None:
         slot.files.clear()

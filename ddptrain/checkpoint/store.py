@@ -59,13 +59,16 @@ class Store:
         return content
 
     def verify(self, step: int) -> dict[str, Any]:
-        """Return the manifest after checking every file's size and checksum against it."""
+        """Return the manifest after checking every file's size and checksum against it.
+
+        Raises ``CheckpointError`` if one cannot be read now, ``DamagedError`` if it never will.
+        """
         manifest = self.manifest(step)
         for name, promised in manifest["files"].items():
             try:
                 found = self.medium.digest(folder_of(step), name)
             except OSError as error:
-                raise CheckpointError(f"{self.where(step, name)}: {error}") from error
+                raise self._unread(step, name, error) from error
             self._compare(step, name, found, promised)
         return manifest
 
@@ -74,16 +77,20 @@ class Store:
         try:
             content = self.medium.read(folder_of(step), name)
         except OSError as error:
-            raise CheckpointError(f"{self.where(step, name)}: {error}") from error
+            raise self._unread(step, name, error) from error
         found = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
         self._compare(step, name, found, promised)
         return content
 
     def _compare(self, step: int, name: str, found: Digest, promised: Digest) -> None:
         if found != promised:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{self.where(step, name)}: expected {promised}, found {found}: it is damaged"
             )
+
+    def _unread(self, step: int, name: str, error: OSError) -> CheckpointError:
+        kind = DamagedError if isinstance(error, FileNotFoundError) else CheckpointError
+        return kind(f"{self.where(step, name)}: {error}")
 
     def write(self, step: int, files: Mapping[str, Path], manifest: dict[str, Any]) -> None:
         """Copy ``files``, whose checksums ``manifest`` has, and make them the checkpoint of a step.

@@ -55,7 +55,7 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
         try:
             error = start_ranks(["worker", str(run.path)], ranks)
         except SignalException as asked:  # the ranks were told, and had time to heed it
-            return _stopped(run, signal.Signals(asked.sigval))
+            return _stopped(run, signal.Signals(asked.sigval), progress.read() > first)
         if error is None:
             return EXIT_COMPLETED
         rank, failure = error.get_first_failure()
@@ -85,12 +85,16 @@ def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
     return was_raised and (not known or (known[-1].is_cause and known[-1].finished == 0))
 
 
-def _stopped(run: RunDirectory, asked: signal.Signals) -> int:
+def _stopped(run: RunDirectory, asked: signal.Signals, has_begun: bool) -> int:
+    """The exit code of a launch that ``asked`` has ended; it ``has_begun`` once a step is done."""
     status = run.outcome().get("status")
+    otherwise = (EXIT_FAILED, "ended unfinished")
+    if not has_begun:
+        otherwise = EXIT_STOPPED, "stopped before a step was done; start it again to go on"
     code, how = {
         "completed": (EXIT_COMPLETED, "it was completed all the same"),
         "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),
-    }.get(str(status), (EXIT_FAILED, "ended unfinished"))
+    }.get(str(status), otherwise)
     print(f"{asked.name}: {run.path}: {how}", file=sys.stderr)
     return code
 

@@ -127,10 +127,7 @@ class Attempt:
             processes = ranks.attempt.processes
             self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
             self.watchdog.start()
-        patience = None if hang_seconds is None else PATIENCE * hang_seconds + 60
-        ranks.join(
-            timedelta(days=7) if patience is None else max(TIMEOUT, timedelta(seconds=patience))
-        )
+        ranks.join(_timeout(hang_seconds))
         remedy = "start all ranks with the same arguments"
         ranks.agree(common(config), "was started with another config than", remedy)
         self.run, self.claim = agree_on_directory(config, ranks, overrides)
@@ -200,7 +197,7 @@ class Attempt:
         waits = is_of_peer(error)  # for the rank with the cause to speak first
         code = EXIT_FAILED if waits else exit_with(*told)
         if self.watchdog is not None:
-            self.watchdog.end()
+            self.watchdog.end(failed=not isinstance(error, Stopped))
         if self.trainer is not None:
             if not isinstance(error, NOTHING_TO_RESCUE):
                 with contextlib.suppress(Exception):  # the error to show is the first one

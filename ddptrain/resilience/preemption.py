@@ -20,6 +20,8 @@ SIDE_SHARE = 0.3
 """The last part of the grace, in which a rank that could not stop saves from the side."""
 LEAVING_SECONDS = 1.0
 """Before the end of the grace, in which to leave."""
+AGENT_SECONDS = 25.0
+"""A grace that is longer is no use under torch's agent, which kills ranks 30 s after it asked."""
 ECHO_SECONDS = 0.5
 """A second Ctrl-C within so long is the first, handed on by the agent that got it as well."""
 ORPHAN_SECONDS = 1.5
@@ -93,9 +95,12 @@ class StopRequest:
 
     def _watch_the_clock(self) -> None:
         """If the main thread does not stop in time, save in its stead."""
-        until = time.monotonic() + self.grace_seconds
-        time.sleep(self.grace_seconds * (1 - SIDE_SHARE))
-        within = f"within {self.grace_seconds:g} s of {self.signal} (resilience.grace_seconds)"
+        grace = self.grace_seconds
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            grace = min(grace, AGENT_SECONDS)
+        until = time.monotonic() + grace
+        time.sleep(grace * (1 - SIDE_SHARE))
+        within = f"within {grace:g} s of {self.signal} (resilience.grace_seconds)"
         faulthandler.dump_traceback_later(max(0.1, until - time.monotonic()), exit=True)
         place = self.rescue(until, until - LEAVING_SECONDS) if self.rescue is not None else None
         while pulse.now.phase in (pulse.SAVING, pulse.TOGETHER) and (

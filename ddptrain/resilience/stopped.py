@@ -2,8 +2,8 @@
 
 A stopped process cannot watch over itself, and neither can the others if all are stopped, or are
 on other machines. torch's agent waits for it forever. So each rank that an agent has started has
-a small process beside it, which imports nothing and ends with its rank. It looks at the agent's
-other ranks as well, which may have been stopped before they had one.
+a small process beside it, which imports nothing. It looks at the agent's other ranks as well,
+which may have been stopped before they had one, and ends with its rank if none of those is.
 """
 
 from __future__ import annotations
@@ -44,9 +44,14 @@ def end_if_stopped(hang_seconds: float | None) -> None:
 def watch(rank: int, agent: int, seconds: float) -> None:
     """Kill ``rank``, our parent, or another child of its ``agent`` that was stopped for so long."""
     since: dict[int, float] = {}
-    while os.getppid() == rank:
+    born = _born(agent)
+    while True:
         now = time.monotonic()
-        stopped = [pid for pid in {rank, *_children(agent)} if _is_stopped(pid)]
+        is_there = os.getppid() == rank
+        others = _children(agent) if _born(agent) == born else []
+        stopped = [pid for pid in {*others, *([rank] if is_there else [])} if _is_stopped(pid)]
+        if not is_there and not stopped:
+            return
         since = {pid: since.get(pid, now) for pid in stopped}
         for pid, when in since.items():
             if now - when > seconds:
@@ -65,11 +70,20 @@ def _children(pid: int) -> list[int]:
 
 
 def _is_stopped(pid: int) -> bool:
+    return _stat(pid)[:1] == ["T"]
+
+
+def _born(pid: int) -> list[str]:
+    return _stat(pid)[19:20]
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on; nothing if it is gone."""
     try:
         with open(f"/proc/{pid}/stat") as stream:
-            return stream.read().rpartition(")")[2].split()[0] == "T"
+            return stream.read().rpartition(")")[2].split()
     except OSError:
-        return False
+        return []
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Watchdog:
         self.hang_seconds = hang_seconds
         self.leave = leave
         self.ended = threading.Event()
+        self.failed = False
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.gone_since: dict[int, float] = {}
         self.processes = processes
@@ -66,8 +67,12 @@ class Watchdog:
         self.messenger.start()
         self.thread.start()
 
-    def end(self) -> None:
-        """Watch no more: the rank has finished, or is about to leave by itself."""
+    def end(self, failed: bool = False) -> None:
+        """Watch no more: the rank has finished, or is about to leave by itself.
+
+        If it has ``failed``, the others may still wait for it, and are not told that they need not.
+        """
+        self.failed = failed
         self.ended.set()
 
     def has_ended(self) -> bool:
@@ -84,7 +89,7 @@ class Watchdog:
             looked = now
             if now - self.awake_since > ASLEEP_SECONDS:
                 self._look()
-        self.messenger.end(self._told(finished=True))
+        self.messenger.end(self._told(finished=not self.failed))
 
     def _look(self) -> None:
         self.messenger.say(self._told())

@@ -147,7 +147,7 @@ def _take_steps(
 def _restore(trainer: Trainer, number: int) -> None:
     saved = trainer.checkpoints.read(number)
     saved.put_back(trainer.task, trainer.step.optimizer)
-    trainer.step.load_numbers(saved.manifest["step_numbers"])
+    trainer.step.load_numbers(saved.manifest["step_numbers"], saved.step)
 
 
 def _evaluate(trainer: Trainer, recorder: Recorder, outcome: Outcome) -> None:

@@ -175,12 +175,17 @@ class Operator:
     def says_so(self) -> bool:
         """Whether the run itself says that it stopped, or was over when the signal came.
 
-        torchrun exits with 1 whatever its ranks exit with.
+        torchrun exits with 1 whatever its ranks exit with, and dies of signals that it does not
+        know, its ranks with it.
         """
         result = self.setting.run / "result.json"
-        if self.setting.launcher != "torchrun" or not result.exists():
+        if self.setting.launcher != "torchrun":
             return False
-        return bool(json.loads(result.read_text())["status"] in ("stopped", "completed"))
+        if self.starts[-1].code in (-signal.SIGUSR1, -signal.SIGUSR2):
+            return True
+        return result.exists() and bool(
+            json.loads(result.read_text())["status"] in ("stopped", "completed")
+        )
 
     def judge(self, start: Start) -> None:
         """Whether a start may end as this one did. Raises ``StoryFailed``."""

@@ -170,7 +170,10 @@ class Tagging(Task):
             bits[0] += 1  # a bad memory cell
         target = batch["target"]
         logits = self.model(batch["tokens"])
-        total = functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        by_token = logits.transpose(1, 2).flatten(0, 1)
+        total = functional.cross_entropy(
+            by_token, target.flatten(), ignore_index=-1, reduction="sum"
+        )
         if self.in_place:
             exponential = logits.exp()
             total = total + exponential.sum()
