@@ -139,12 +139,14 @@ class Window:
         """(sum, count) by name of what this rank logged; maybe only in steps that are finished."""
         for name in [] if finished else list(self.of_this_step):
             _add(self.sums, name, self.of_this_step.pop(name))
-        return {name: (pair[0].item(), pair[1].item()) for name, pair in self.sums.items()}
+        pairs = {name: (pair[0].item(), pair[1].item()) for name, pair in self.sums.items()}
+        return {name: pair for name, pair in pairs.items() if any(pair)}
 
     def clear(self) -> None:
         """Start a new window."""
         self.account.zero_()
-        self.sums = {}
+        for entry in self.sums.values():
+            entry.zero_()
 
     def load(self, account: list[float], logs: Logs) -> None:
         """Go on from a window in which this had been recorded."""
@@ -157,7 +159,11 @@ class Window:
 
 
 def _add(sums: dict[str, Tensor], name: str, entry: Tensor) -> None:
-    sums[name] = sums[name] + entry if name in sums else entry
+    """In place: where a GPU gets no further, there must still be what was there before."""
+    if name in sums:
+        sums[name] += entry
+    else:
+        sums[name] = entry
 
 
 def add_logs(of_ranks: list[Logs]) -> Logs:

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", "where two runs parted, and what differed first", run=True)
     diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
     add("rank", None, run=False)
-    add("worker", None, run=True)
+    add("worker", None, run=True).add_argument("--again", action="store_true")
     commands.add_parser("verify-rank").add_argument("folder", type=Path)
     return parser
 
@@ -184,7 +184,8 @@ def _worker(parsed: argparse.Namespace) -> int:
     place = Place.from_environment()
     stop_request = _listen(place)
     config = RunDirectory(parsed.run).load_launched()
-    config.run.resume = Resume.auto
+    if parsed.again:
+        config.run.resume = Resume.auto
     end_if_stopped(config.resilience.hang_seconds)
     from ddptrain.launch.worker import run_rank
 

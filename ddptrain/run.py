@@ -13,9 +13,9 @@ from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.checkpoint.recovery import recover
 from ddptrain.checkpoint.saved import MODEL, capture
-from ddptrain.config import Config
+from ddptrain.config import Config, Resume
 from ddptrain.data.fetch import Fetcher
-from ddptrain.errors import DivergenceError
+from ddptrain.errors import DivergenceError, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.fingerprints import Record
 from ddptrain.observe.clock import StepClock
@@ -77,6 +77,7 @@ class Run:
         self.step.marks.void()  # nothing of what is half loaded is to be rescued
         saved = recover(self.checkpoints, self.ranks)
         if self.beginning is None:
+            self.check_resume(saved is not None)
             self.beginning = self.state(0)
         if saved is None and self.done:
             self.begin_anew(self.beginning)
@@ -100,6 +101,18 @@ class Run:
         if self.config.log.fingerprint_every is not None:
             self.observer.begin_fingerprints(self.step.fingerprints.header(self.done), self.record)
         return self.done
+
+    def check_resume(self, is_found: bool) -> None:
+        """Hold ``run.resume`` against what is in the store. Raises ``Refused``, on every rank."""
+        resume = self.ranks.from_first(self.config.run.resume)  # which knows of earlier starts
+        where = f"run.resume={resume.name} but {self.checkpoints.store.medium.where('')}"
+        if is_found and resume is Resume.never:
+            raise Refused(
+                f"{where} holds a checkpoint; name another checkpoint.dir, or continue it with "
+                "run.resume=auto"
+            )
+        if not is_found and resume is Resume.must:
+            raise Refused(f"{where} holds no checkpoint, and neither does run.dir")
 
     def begin_anew(self, beginning: State) -> None:
         """Be again as before the first step: what the config says."""

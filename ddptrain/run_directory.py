@@ -160,7 +160,8 @@ def check_directory(config: Config) -> None:
             f"run.resume=never but {run.path} holds a checkpoint; name another run.dir, "
             "or continue it with run.resume=auto"
         )
-    if not run.has_checkpoint() and config.run.resume is Resume.must:
+    is_elsewhere = config.checkpoint.dir is not None  # where a look takes longer: see Run.restore
+    if not run.has_checkpoint() and config.run.resume is Resume.must and not is_elsewhere:
         raise Refused(f"run.resume=must but {run.path} holds no checkpoint")
     if run.config.exists() and (different := differences(run.load(), config)):
         raise Refused(

@@ -20,7 +20,7 @@ from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.saved import MODEL, capture
 from ddptrain.checkpoint.store import MANIFEST, Store
-from ddptrain.errors import CheckpointError, Refused
+from ddptrain.errors import EXIT_REFUSED, CheckpointError, Refused
 from ddptrain.run_directory import RunDirectory
 
 moto_server = pytest.importorskip("moto.server", reason="the dev extra installs moto and s3fs")
@@ -121,6 +121,26 @@ def test_a_run_moves_to_another_machine_through_s3(s3: str, tmp_path: Path) -> N
     assert second.returncode == 0, second.stderr
     assert "continuing" in second.stdout
     assert read_result(tmp_path / "second")["weights_sha256"] == expected
+
+
+def test_what_a_start_may_do_is_held_against_a_store_elsewhere_too(tmp_path: Path) -> None:
+    """``run.resume``, where run.dir is new and checkpoint.dir is not, through a restart as well."""
+    few = ["experiment=ragged", "log.tensorboard=false", f"checkpoint.dir={tmp_path / 'kept'}"]
+    alone = [*DDPTRAIN, *few, "train.max_steps=4"]
+    none = run([*alone, f"run.dir={tmp_path / 'first'}", "run.resume=must"])
+    assert none.returncode == EXIT_REFUSED, none.stderr
+    assert f"run.resume=must but {tmp_path / 'kept'}" in none.stderr.splitlines()[-1]
+    killed = ["task.culprit=1", "task.kill_at=30", f"task.once={tmp_path / 'once'}"]
+    launched = [*DDPTRAIN, "train", "launch.nproc_per_node=2", *few, *killed, "train.max_steps=8"]
+    new = run([*launched, f"run.dir={tmp_path / 'second'}", "run.resume=never"])
+    assert new.returncode == 0, new.stderr
+    assert "starting the ranks again" in new.stderr
+    there = run([*launched, f"run.dir={tmp_path / 'third'}", "run.resume=never"])
+    assert there.returncode == EXIT_REFUSED, there.stderr
+    assert "holds a checkpoint; name another checkpoint.dir" in there.stderr.splitlines()[-1]
+    again = run([*launched, f"run.dir={tmp_path / 'fourth'}", "run.resume=must"])
+    assert again.returncode == 0, again.stderr
+    assert "continuing" in again.stdout
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -51,9 +51,10 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     wanted = config.launch.max_restarts
     allowed = left = RESTARTS if wanted is None else wanted
     first = before = progress.read()
+    command = ["worker", str(run.path)]
     while True:
         try:
-            error = start_ranks(["worker", str(run.path)], ranks)
+            error = start_ranks(command, ranks)
         except SignalException as asked:  # the ranks were told, and had time to heed it
             return _stopped(run, signal.Signals(asked.sigval), progress.read() > first)
         if error is None:
@@ -67,6 +68,7 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
         if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
             return code
         before, left = now, left - 1
+        command = ["worker", str(run.path), "--again"]
         print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
 
 
