@@ -75,8 +75,8 @@ def the_setting(
             stack.enter_context(nodes.network())
             yield nodes
         else:
-            if machine.clock_unavailable() is None:
-                common["variables"] = machine.own_clock(folder / "clock")
+            if machine.preload_unavailable() is None:
+                common["variables"] = machine.preloaded(folder)
             if machine.disk_unavailable() is None:
                 small = machine.SmallMachine(folder, ranks, launcher=launcher, **common)
                 stack.enter_context(small.disks())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from errno import EIO, EROFS
 
 from chaos import machine, network
 from chaos.damage import DAMAGE
@@ -13,8 +14,9 @@ from chaos.hangs import ALL as HANGS
 KINDS: list[Fault] = [*KILLS, *STOPS, *DAMAGE, *LOADING, *HANGS]
 if machine.disk_unavailable() is None:
     KINDS += [machine.Full(seconds=6.0), machine.FullMemory(seconds=6.0)]
-if machine.clock_unavailable() is None:
+if machine.preload_unavailable() is None:
     KINDS += [machine.Jump(3600), machine.Jump(-3600)]
+    KINDS += [machine.Broken(4.0, EIO), machine.Broken(4.0, EROFS)]
 if machine.memory_unavailable() is None:
     KINDS += [machine.OutOfMemory()]
 ON_TWO_NODES: list[Fault] = []
@@ -26,7 +28,7 @@ def left_out() -> list[str]:
     """Why some kinds cannot be had on this machine."""
     reasons = [
         machine.disk_unavailable(),
-        machine.clock_unavailable(),
+        machine.preload_unavailable(),
         machine.memory_unavailable(),
         network.unavailable(),
     ]

@@ -1,4 +1,4 @@
-"""Faults of the machine: a disk that fills up, a clock that jumps, memory that runs out.
+"""Faults of the machine: a disk that fills up or breaks, a clock that jumps, no memory left.
 
 Each of them needs something of the machine; ``…_unavailable`` says why it cannot be had, if so.
 """
@@ -19,7 +19,7 @@ from shutil import which
 from chaos.events import Context
 from chaos.setting import Setting
 
-OWN_CLOCK = "CHAOS_CLOCK"
+OWN_CLOCK, OWN_DISK, DISK_AT = "CHAOS_CLOCK", "CHAOS_DISK", "CHAOS_DISK_AT"
 CGROUPS = Path("/sys/fs/cgroup")
 ENTER = 'mount --bind "$0" /dev/shm && exec "$@"'
 ALLOWANCE = 256 * 2**20
@@ -106,17 +106,47 @@ def _fill(descriptor: int, block: bytes) -> None:
             raise
 
 
-def clock_unavailable() -> str | None:
-    return None if which("cc") else "a C compiler is needed, for a clock that can be set"
+def preload_unavailable() -> str | None:
+    return None if which("cc") else "a C compiler is needed, for a clock and a disk of its own"
 
 
-def own_clock(file: Path) -> dict[str, str]:
-    """Variables that give a process a wall clock that ``file`` sets off; no other clock moves."""
-    file.write_text("+0")
-    library = file.with_suffix(".so")
-    source = Path(__file__).with_name("clock.c")
+def preloaded(folder: Path) -> dict[str, str]:
+    """Variables that give a process a wall clock that can be set, and a disk that can break.
+
+    No other clock moves, and no other disk breaks than that of ``folder / "run"``.
+    """
+    library = folder / "machine.so"
+    source = Path(__file__).with_name("machine.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
-    return {"LD_PRELOAD": str(library), OWN_CLOCK: str(file)}
+    files = {OWN_CLOCK: folder / "clock", OWN_DISK: folder / "disk", DISK_AT: folder / "run"}
+    return {"LD_PRELOAD": str(library), **{name: str(file) for name, file in files.items()}}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Nothing can be changed on the disk of the run directory, for some seconds."""
+
+    seconds: float
+    error: int
+    stops: bool = False
+    spares: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"disk with {errno.errorcode[self.error]}"
+
+    def inject(self, context: Context) -> bool:
+        file = Path(context.setting.variables[OWN_DISK])
+        _replace(file, str(self.error))
+        context.excused_until = time.monotonic() + self.seconds
+        threading.Timer(self.seconds, file.unlink, [True]).start()  # the run may be over
+        return True
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 @dataclass(frozen=True)
@@ -132,10 +162,7 @@ class Jump:
         return f"clock set by {self.seconds:+d} s"
 
     def inject(self, context: Context) -> bool:
-        file = Path(context.setting.variables[OWN_CLOCK])
-        temporary = file.with_suffix(".new")
-        temporary.write_text(f"{self.seconds:+d}")
-        temporary.replace(file)
+        _replace(Path(context.setting.variables[OWN_CLOCK]), f"{self.seconds:+d}")
         return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from errno import EIO, EROFS
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def test_hangs_are_ended(tmp_path: Path) -> None:
 
 def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Path) -> None:
     """A rank dies while there is no room for snapshots, and one after the clock was set."""
-    for reason in (machine.disk_unavailable(), machine.clock_unavailable()):
+    for reason in (machine.disk_unavailable(), machine.preload_unavailable()):
         unless(reason)
-    variables = machine.own_clock(tmp_path / "clock")
+    variables = machine.preloaded(tmp_path)
     setting = short_run(tmp_path, machine.SmallMachine, variables=variables)
     faults: list[tuple[Fault, int]] = [
         (machine.FullMemory(seconds=2.0), 9),
@@ -56,6 +57,13 @@ def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Pat
             stack.enter_context(machine.small_memory())
             faults.append((machine.OutOfMemory(), 3))
         tell(in_turn(setting, *faults, (machine.Full(seconds=6.0), 3)))
+
+
+@pytest.mark.parametrize("error", [EIO, EROFS])
+def test_a_disk_breaks_for_a_while_and_a_rank_dies(error: int, tmp_path: Path) -> None:
+    unless(machine.preload_unavailable())
+    setting = short_run(tmp_path, Setting, variables=machine.preloaded(tmp_path))
+    tell(in_turn(setting, (machine.Broken(4.0, error), 9), (ONE_RANK, 3)))
 
 
 def test_a_node_loses_a_rank_and_its_link_for_a_while_and_for_good(tmp_path: Path) -> None:
