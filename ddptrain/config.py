@@ -238,7 +238,7 @@ def _check_evaluation(config: Config) -> None:
             f"checkpoint.keep_best={config.checkpoint.keep_best} needs a metric to compare, "
             "but eval.every_steps is null: set it, or checkpoint.keep_best=0"
         )
-    if config.run.resume is Resume.must and config.run.dir is None:
+    if config.run.resume is Resume.must and config.run.dir is config.checkpoint.dir is None:
         raise Refused("run.resume=must but run.dir is not set: name the run to continue")
 
 

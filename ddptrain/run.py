@@ -49,6 +49,8 @@ class Run:
     stop_request: StopRequest
     rebuild: Callable[[], Task]
     total_steps: int
+    begun: Callable[[], None] = lambda: None
+    """Called when what the run goes on from is as it was asked for."""
     started_at: int = 0
     done: int = 0  # optimiser steps; with weights and optimiser state, all the state there is
     logged: int = 0
@@ -74,7 +76,8 @@ class Run:
 
     def restore(self) -> int:
         """Load the newest whole checkpoint, if there is one; return the steps already done."""
-        self.step.marks.void()  # nothing of what is half loaded is to be rescued
+        with self.step.gate:
+            self.step.marks.void()  # nothing of what is half loaded is to be rescued
         saved = recover(self.checkpoints, self.ranks)
         if self.beginning is None:
             self.check_resume(saved is not None)
@@ -94,6 +97,7 @@ class Run:
         self.setbacks.restore(saved, self.state(self.done))
         self.observer.open(self.done, self.total_steps, self.progress.read())
         if self.ranks.is_first:
+            self.checkpoints.scrub()
             self.progress.open()
             self.progress.mark(self.done)  # or the next start counts again what this one lost
         self.step.marks.set(self.done)
@@ -103,7 +107,7 @@ class Run:
         return self.done
 
     def check_resume(self, is_found: bool) -> None:
-        """Hold ``run.resume`` against what is in the store. Raises ``Refused``, on every rank."""
+        """Hold ``run.resume`` against what there is. Raises ``Refused``, on every rank."""
         resume = self.ranks.from_first(self.config.run.resume)  # which knows of earlier starts
         where = f"run.resume={resume.name} but {self.checkpoints.store.medium.where('')}"
         if is_found and resume is Resume.never:
@@ -113,6 +117,7 @@ class Run:
             )
         if not is_found and resume is Resume.must:
             raise Refused(f"{where} holds no checkpoint, and neither does run.dir")
+        self.begun()
 
     def begin_anew(self, beginning: State) -> None:
         """Be again as before the first step: what the config says."""
@@ -130,7 +135,8 @@ class Run:
         Steps taken since then may have had a part of the wrong weights in their gradients. Raises
         ``error`` if it comes again.
         """
-        self.step.marks.void()  # nothing of this is to be rescued
+        with self.step.gate:
+            self.step.marks.void()  # nothing of this is to be rescued
         if self.checkpoints.keeps_memory:
             self.checkpoints.memory.discard(self.replicas.agreed)
         self.checkpoints.settle()

@@ -66,6 +66,10 @@ class RunDirectory:
         return self.path / "fingerprints.jsonl"
 
     @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
     def crashes(self) -> Path:
         return self.path / "crashes.jsonl"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,11 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Entry, Retention
 from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
-from ddptrain.checkpoint.writer import Job, Writer
+from ddptrain.checkpoint.writer import Job, Writer, give_way
 from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import State
 
@@ -51,7 +53,8 @@ class Checkpoints:
         self.told = False
         self.keeps_memory = True  # False where another rank keeps the memory that this one shares
         self.index: dict[int, dict[str, float]] | None = None
-        self.verified: set[int] = set()
+        self.damaged: set[int] = set()
+        self.written: set[int] = set()
 
     def save(self, state: State, durable: bool) -> None:
         """Copy ``state``; the caller may go on while the rest is done.
@@ -148,11 +151,13 @@ class Checkpoints:
         """Delete what need not be kept, now that the checkpoint of ``step`` is durable."""
         # One that cannot be read now is not deleted: its disk may be back tomorrow. Nor is a later
         # one: it was passed over when this attempt began, and is written again when its step comes.
-        self.verified.add(step)
-        stored, damaged = self._stored(verified_below=step)
+        self.written.add(step)
+        self.damaged.discard(step)
+        stored, damaged = self._stored()
         for other in damaged:
-            if other < step:
+            if other < step and self._is_damaged(other):
                 self.store.delete(other)
+                self.damaged.discard(other)
         entries = [self._entry(s, metrics) for s, metrics in stored.items() if s <= step]
         for other in {e.step for e in entries} - self.retention.keep(entries) - {step}:
             self.store.delete(other)
@@ -236,22 +241,46 @@ class Checkpoints:
         job = self.writer.pending()
         return self.index if job is None else {**self.index, job.step: job.manifest["metrics"]}
 
-    def _stored(self, verified_below: int = 0) -> tuple[dict[int, dict[str, float]], list[int]]:
+    def scrub(self) -> None:
+        """Read what earlier starts have written to the last bit, beside training.
+
+        One that is damaged is not to be kept in place of one that is whole; nobody else may ever
+        have to read it. Only on a disk of this machine's: an object store keeps its own checksums.
+        """
+        if isinstance(self.store.medium, Disk):
+            threading.Thread(target=self._scrub, name="scrub", daemon=True).start()
+
+    def _scrub(self) -> None:
+        give_way()
+        with contextlib.suppress(OSError):
+            for step in self.store.steps():
+                if step not in self.written and self._is_damaged(step):
+                    self.damaged.add(step)
+                    logger.warning("%s is damaged, and counts no more", self.store.where(step))
+
+    def _is_damaged(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is there, can be read, and is not what was written."""
+        try:
+            self.store.verify(step)
+        except DamagedError:
+            return step in self.store.steps()  # and not just being written anew, or deleted
+        except CheckpointError:
+            pass
+        return False
+
+    def _stored(self) -> tuple[dict[int, dict[str, float]], list[int]]:
         """The metrics by step of the checkpoints that can be read, and which are damaged.
 
-        Warns of those that cannot be read, whether they ever will be. Those of steps below
-        ``verified_below`` are read to the last bit, unless this start has done so: one that is
-        damaged must not be kept in place of one that is whole.
+        Warns of those that cannot be read, whether they ever will be.
         """
         found = {}
         damaged = []
         for step in self.store.steps():
-            is_new = step < verified_below and step not in self.verified
+            if step in self.damaged:
+                damaged.append(step)
+                continue
             try:
-                manifest = self.store.verify(step) if is_new else self.store.manifest(step)
-                found[step] = dict(manifest["metrics"])
-                if is_new:
-                    self.verified.add(step)
+                found[step] = dict(self.store.manifest(step)["metrics"])
             except CheckpointError as error:
                 logger.warning("passing over a checkpoint: %s", error)
                 if isinstance(error, DamagedError):

@@ -39,7 +39,9 @@ class Mapped:
         finally:
             os.close(descriptor)
         self.views = self._lay_out(tensors)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+        # Pages of a disk's file that a GPU writes to, the kernel does not know to have changed.
+        is_in_memory = file.resolve().is_relative_to("/dev/shm")
+        if is_in_memory and any(tensor.is_cuda for tensor in tensors.values()):
             self._pin()
 
     def _pin(self) -> None:
@@ -84,6 +86,8 @@ class Mapped:
 
 def _keep_free(file: Path, size: int, reserve: float) -> None:
     there = os.statvfs(file.parent)
+    if not reserve or not there.f_blocks:  # some say nothing of their size
+        return
     if (there.f_bavail * there.f_frsize - size) < reserve * there.f_blocks * there.f_frsize:
         why = f"{size:,} bytes more would leave less than {reserve:.0%} of it free"
         raise OSError(errno.ENOSPC, why, str(file.parent))

@@ -75,6 +75,7 @@ class Memory:
     def __init__(self, roots: Sequence[Path]) -> None:
         self.stores = [Store(Disk(root)) for root in roots]
         self.roots = list(roots)
+        self.reserve = RESERVED
         self.progress = Progress(self.roots[0])
         self._use(0)
 
@@ -169,7 +170,8 @@ class Memory:
         """
         spare = [self._slot(tier, SLOTS) for tier in range(self.tier, len(self.roots))]
         first = [slot] if slot is not None else [spare[0]]
-        for each in (*first, *spare):
+        tries = [(each, RESERVED) for each in (*first, *spare)] + [(spare[0], 0.0)]
+        for each, self.reserve in tries:
             try:
                 self.take(each, state)
                 self.seal(each, self.describe(each, manifest))
@@ -225,7 +227,7 @@ class Memory:
         slot.files.pop(name, None)
         (slot.folder / name).unlink(missing_ok=True)
         is_last_resort = slot.tier + 1 == len(self.roots)
-        reserve = 0.0 if is_last_resort else RESERVED
+        reserve = 0.0 if is_last_resort else self.reserve
         slot.files[name] = Mapped(slot.folder / name, tensors, reserve)
 
     def _drop(self, slot: Slot) -> None:

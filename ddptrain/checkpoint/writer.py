@@ -148,7 +148,7 @@ class Writer:
 
     def _seal(self) -> None:
         """The thread that makes snapshots checkpoints."""
-        _give_way()
+        give_way()
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.next is not None and not self.resting)
@@ -182,7 +182,7 @@ class Writer:
 
     def _store(self) -> None:
         """The thread that takes checkpoints to the store, and tries again what failed."""
-        _give_way()
+        give_way()
         while True:
             job = self._take()
             try:
@@ -263,6 +263,7 @@ class Writer:
             logger.warning("%s: %s%s", what, error, then)
 
 
-def _give_way() -> None:
+def give_way() -> None:
+    """Let this thread run where the step leaves time."""
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -11,7 +11,7 @@ from ddptrain.files import Claim, replace_text
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.run_directory import RunDirectory, open_directory
 
-RUN_KEY = "ddptrain/run.dir"
+RUN_KEY, BEGUN_KEY = "ddptrain/run.dir", "ddptrain/begun"
 
 
 def common(config: Config) -> dict[str, Any]:
@@ -32,7 +32,8 @@ def agree_on_directory(
         store = ranks.store
         if store is not None and store.check([RUN_KEY]):
             config.run.dir = store.get(RUN_KEY).decode()
-            config.run.resume = Resume.auto
+        if store is not None and store.check([BEGUN_KEY]):
+            config.run.resume = Resume.auto  # it was held against what there is
         run = open_directory(config, overrides)
         claim = Claim(run.path)
         claim.take()
@@ -45,3 +46,9 @@ def agree_on_directory(
         run.path.mkdir(parents=True, exist_ok=True)  # on the file system that this node sees
         replace_text(run.identity, identity)
     return run, claim or Claim(run.path, token)
+
+
+def tell_of_beginning(ranks: Ranks) -> None:
+    """Let later starts of this launch go on from whatever is there by then."""
+    if ranks.is_first and ranks.store is not None:
+        ranks.store.set(BEGUN_KEY, "1")

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -51,12 +52,14 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     wanted = config.launch.max_restarts
     allowed = left = RESTARTS if wanted is None else wanted
     first = before = progress.read()
+    attempts = partial(_lines, run.attempts)
+    known = attempts()
     command = ["worker", str(run.path)]
     while True:
         try:
             error = start_ranks(command, ranks)
         except SignalException as asked:  # the ranks were told, and had time to heed it
-            return _stopped(run, signal.Signals(asked.sigval), progress.read() > first)
+            return _stopped(run, signal.Signals(asked.sigval), attempts() > known)
         if error is None:
             return EXIT_COMPLETED
         rank, failure = error.get_first_failure()
@@ -68,8 +71,16 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
         if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
             return code
         before, left = now, left - 1
-        command = ["worker", str(run.path), "--again"]
+        if attempts() > known:  # run.resume has been held against what there is
+            command = ["worker", str(run.path), "--again"]
         print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
+
+
+def _lines(file: Path) -> int:
+    try:
+        return file.read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
@@ -88,11 +99,11 @@ def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
 
 
 def _stopped(run: RunDirectory, asked: signal.Signals, has_begun: bool) -> int:
-    """The exit code of a launch that ``asked`` has ended; it ``has_begun`` once a step is done."""
+    """The exit code of a launch that ``asked`` has ended, whose ranks had maybe not ``begun``."""
     status = run.outcome().get("status")
     otherwise = (EXIT_FAILED, "ended unfinished")
     if not has_begun:
-        otherwise = EXIT_STOPPED, "stopped before a step was done; start it again to go on"
+        otherwise = EXIT_STOPPED, "stopped before it had begun; start it again to go on"
     code, how = {
         "completed": (EXIT_COMPLETED, "it was completed all the same"),
         "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),

@@ -10,6 +10,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from ddptrain import pulse
@@ -26,7 +27,7 @@ from ddptrain.errors import (
     Superseded,
 )
 from ddptrain.files import Claim
-from ddptrain.launch.agreement import agree_on_directory, common
+from ddptrain.launch.agreement import agree_on_directory, common, tell_of_beginning
 from ddptrain.loop import Trainer
 from ddptrain.observe.console import say
 from ddptrain.observe.logs import open_log
@@ -143,6 +144,7 @@ class Attempt:
             self.config, self.ranks, self.run, phases, self.claim, self.stop_request
         )
         self.trainer = trainer
+        trainer.begun = partial(tell_of_beginning, self.ranks)
         self.stop_request.begin(self.rescue)
         checkpoints = trainer.checkpoints
         if checkpoints.keeps_memory:
@@ -197,7 +199,7 @@ class Attempt:
         waits = is_of_peer(error)  # for the rank with the cause to speak first
         code = EXIT_FAILED if waits else exit_with(*told)
         if self.watchdog is not None:
-            self.watchdog.end(failed=not isinstance(error, Stopped))
+            self.watchdog.end(failed=not isinstance(error, NOTHING_TO_RESCUE))
         if self.trainer is not None:
             if not isinstance(error, NOTHING_TO_RESCUE):
                 with contextlib.suppress(Exception):  # the error to show is the first one

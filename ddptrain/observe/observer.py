@@ -53,7 +53,7 @@ class Observer:
         self.resumed_at = 0
         self.told: set[str] = set()
         self.said: set[str] = set()
-        self.history = History(run.path / "attempts.jsonl")
+        self.history = History(run.attempts)
 
     def open(self, resumed_at: int, total_steps: int, known: int = 0) -> None:
         """Begin, or go on after ``resumed_at`` steps: what was told of later ones is taken back.

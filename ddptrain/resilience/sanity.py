@@ -59,6 +59,7 @@ def explain(step: int, module: Accounted, source: Source, ranks: Ranks, buffers:
         except Exception:  # a model need not take one sample alone: BatchNorm does not
             single = []
         mine.append(Culprit(micro_batch.index, ranks.rank, fault, single or indices))
+    module.window.of_this_step.clear()  # what the repeated forwards have logged
     found = sorted(
         (culprit for of_rank in ranks.gather(mine) for culprit in of_rank),
         key=lambda culprit: culprit.micro_batch,

@@ -21,7 +21,8 @@ class Sign:
     """What is known of a rank: what it does, for how long, and for how long it has been silent.
 
     ``host``, ``pid`` and ``born`` (the kernel's start time) name its process; ``stack`` is the
-    innermost line of its main thread, where that is known.
+    innermost line of its main thread, where that is known. A rank that ``failed`` is about to
+    leave, and those that wait for it wait in vain.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class Sign:
     pid: int = 0
     born: str = ""
     finished: bool = False
+    failed: bool = False
     stack: str = ""
 
     @property
@@ -46,7 +48,7 @@ def hangs(signs: Iterable[Sign], seconds: float) -> bool:
     A rank that waits for a slow one raises no alarm while that one gets on. One that does not
     answer makes no progress, whatever the others may still have to do before they wait for it.
     """
-    unfinished = [sign for sign in signs if not sign.finished]
+    unfinished = [sign for sign in signs if not sign.finished and not sign.failed]
     if any(sign.silent > seconds for sign in unfinished):
         return True
     at_work = [sign for sign in unfinished if sign.answers]
@@ -58,7 +60,8 @@ def hangs(signs: Iterable[Sign], seconds: float) -> bool:
 def explain(signs: Sequence[Sign]) -> str:
     """Which rank holds up the others, and where, in plain words."""
     at_work = [sign for sign in signs if not sign.finished]
-    culprits = [sign for sign in at_work if not sign.answers]
+    culprits = [sign for sign in at_work if sign.failed]
+    culprits = culprits or [sign for sign in at_work if not sign.answers]
     culprits = culprits or [sign for sign in at_work if sign.phase not in WAITING]
     if not culprits:
         step = max(sign.step for sign in at_work)
@@ -79,6 +82,8 @@ def explain(signs: Sequence[Sign]) -> str:
 
 
 def _told(sign: Sign) -> str:
+    if sign.failed:
+        return f"rank {sign.rank} failed in {_doing(sign)}, see its log"
     if not sign.answers:
         return (
             f"rank {sign.rank} (process {sign.pid} on {sign.host}) has not answered for "

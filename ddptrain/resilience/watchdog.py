@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from ddptrain import pulse
 from ddptrain.parallel.roll_call import Process
@@ -89,7 +90,7 @@ class Watchdog:
             looked = now
             if now - self.awake_since > ASLEEP_SECONDS:
                 self._look()
-        self.messenger.end(self._told(finished=not self.failed))
+        self.messenger.end(self._told(finished=not self.failed, failed=self.failed))
 
     def _look(self) -> None:
         self.messenger.say(self._told())
@@ -105,14 +106,13 @@ class Watchdog:
                 False,
             )
 
-    def _told(self, finished: bool = False, stack: str = "") -> str:
-        return json.dumps(asdict(self._own_sign(finished, stack)))
+    def _told(self, **more: Any) -> str:
+        return json.dumps(asdict(replace(self._own_sign(), **more)))
 
-    def _own_sign(self, finished: bool = False, stack: str = "") -> Sign:
+    def _own_sign(self) -> Sign:
         beat = pulse.now
         idle = time.monotonic() - beat.since
-        sign = Sign(self.place.rank, beat.phase, beat.step, idle, finished=finished, stack=stack)
-        return self._named(sign)
+        return self._named(Sign(self.place.rank, beat.phase, beat.step, idle))
 
     def _named(self, sign: Sign) -> Sign:
         process = self.processes[sign.rank]
