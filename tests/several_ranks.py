@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -57,7 +58,8 @@ def gradients(ranks: Ranks, folder: Path) -> dict[str, list[list[float]]]:
     )
     found = {}
     whole = (GLOBAL_BATCH,) if ranks.world_size == 1 else ()
-    for micro, clip, double in product((*MICRO_BATCHES, *whole), (None, 0.05), (False, True)):
+    settings = ((None, False), (0.05, False), (0.05, True))
+    for micro, (clip, double) in product((*MICRO_BATCHES, *whole), settings):
         config.train.micro_batch_size = micro
         config.train.grad_clip.max_norm = clip
         config.task["double"] = double
@@ -223,17 +225,17 @@ def differing_logs(ranks: Ranks) -> dict[str, float]:
 def main(file: Path) -> None:
     place = Place.from_environment()
     ranks = Ranks(place, torch.device("cpu"), TIMEOUT)
-    found = {
-        "gradients": gradients(ranks, file.parent),
-        "evaluations": evaluations(ranks, file.parent),
-        "buffers": moved_buffers(ranks, file.parent),
-        "exact": exact(ranks, file.parent),
-        "logs": differing_logs(ranks),
-        "reduced": reduced(ranks),
-        # Between two ranks the order of a sum does not matter.
-        "resumes": ranks.world_size != 3 or resumes_in_a_ring(ranks, file.parent),
-        "collectives": collectives_of_a_step(ranks, file.parent),
-    }
+    found: dict[str, Any] = {"exact": exact(ranks, file.parent), "reduced": reduced(ranks)}
+    if ranks.world_size < 4:
+        found |= {
+            "gradients": gradients(ranks, file.parent),
+            "evaluations": evaluations(ranks, file.parent),
+            "buffers": moved_buffers(ranks, file.parent),
+            "logs": differing_logs(ranks),
+            # Between two ranks the order of a sum does not matter.
+            "resumes": ranks.world_size != 3 or resumes_in_a_ring(ranks, file.parent),
+            "collectives": collectives_of_a_step(ranks, file.parent),
+        }
     if ranks.is_first:
         file.write_text(json.dumps(found))
     ranks.leave()

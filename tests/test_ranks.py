@@ -16,7 +16,7 @@ ALONE = 1
 
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
-    """What ``several_ranks.py`` finds on 1, 2, 3 and 4 real ranks."""
+    """What ``several_ranks.py`` finds on 1, 2 and 3 real ranks, and a part of it on 4."""
     script = Path(__file__).with_name("several_ranks.py")
     found = {}
     for ranks in (1, 2, 3, 4):
@@ -29,10 +29,12 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("micro", [2, 3, 6])
-@pytest.mark.parametrize("clip", ["None", "0.05"])
-@pytest.mark.parametrize(("double", "tolerance"), [("False", 1e-6), ("True", 1e-12)])
+@pytest.mark.parametrize(
+    ("clip", "double", "tolerance"),
+    [("None", "False", 1e-6), ("0.05", "False", 1e-6), ("0.05", "True", 1e-12)],
+)
 def test_gradient_is_that_of_one_process_on_the_whole_batch(
     by_ranks: dict[int, Found],
     ranks: int,
@@ -49,7 +51,7 @@ def test_gradient_is_that_of_one_process_on_the_whole_batch(
     assert not torch.equal(whole[0], whole[1])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_one_collective_a_step_whatever_the_accumulation(
     by_ranks: dict[int, Found], ranks: int
 ) -> None:
@@ -76,7 +78,7 @@ def test_exact_sums_give_the_same_bits_in_one_go_and_resumed(
         assert hashes == [alone[name]] * 2, name
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_running_statistics_do_not_depend_on_ranks(by_ranks: dict[int, Found], ranks: int) -> None:
     alone, together = by_ranks[ALONE]["buffers"], by_ranks[ranks]["buffers"]
     assert len(alone) == 3
@@ -89,7 +91,7 @@ def test_clipping_binds(by_ranks: dict[int, Found]) -> None:
     assert free != clipped
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_evaluation_sees_each_of_21_samples_once(by_ranks: dict[int, Found], ranks: int) -> None:
     alone, together = by_ranks[ALONE]["evaluations"], by_ranks[ranks]["evaluations"]
     assert alone.keys() == together.keys()
@@ -98,7 +100,7 @@ def test_evaluation_sees_each_of_21_samples_once(by_ranks: dict[int, Found], ran
             assert together[case][name] == value, case
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("micro", range(1, 9))
 def test_no_sample_is_counted_twice(by_ranks: dict[int, Found], ranks: int, micro: int) -> None:
     assert by_ranks[ranks]["evaluations"][f"digits/{micro}"]["samples"] == 21
@@ -110,7 +112,7 @@ def test_micro_batch_size_does_not_change_an_evaluation(by_ranks: dict[int, Foun
         assert metrics[1]["accuracy"] == by_ranks[1]["evaluations"][f"{experiment}/1"]["accuracy"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_logged_values_are_weighted_means_whoever_logs_them(
     by_ranks: dict[int, Found], ranks: int
 ) -> None:

@@ -69,13 +69,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
 def test_killed_runs_end_with_the_same_bits(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    """Three kills, each attempt on another number of ranks and of data loading workers."""
+    """Two kills, each attempt on another number of ranks and of data loading workers."""
     result, run_dir = undisturbed
     seed = random.SystemRandom().randrange(1000)
     print(f"seed {seed}")  # shown by pytest if the test fails
     chance = random.Random(seed)
     again = tmp_path / "run"
-    for attempt, ranks, after in ((1, 4, 0), (2, 3, 60), (3, 1, 120)):
+    for attempt, ranks, after in ((1, 3, 0), (2, 1, 90)):
         step = after + chance.randint(5, 50)
         kill_at(step, attempt, ranks, again, f"data.workers={attempt - 1}")
     finished = run(command(RANKS, again, "data.workers=1"))
@@ -85,7 +85,7 @@ def test_killed_runs_end_with_the_same_bits(
     told = read_result(again)
     assert told["weights_sha256"] == result["weights_sha256"]
     assert told["metrics"] == result["metrics"]
-    assert told["restarts"] == 3
+    assert told["restarts"] == 2
     _check_curves(again)
     kept = {path.name for path in (again / "checkpoints").iterdir()}
     assert kept == {path.name for path in (run_dir / "checkpoints").iterdir()}

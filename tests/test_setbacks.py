@@ -133,6 +133,8 @@ def test_a_rewind_is_the_same_on_any_ranks_and_through_a_crash(tmp_path: Path, f
     assert [{**line, "report": ""} for line in anomalies(tmp_path / "two")] == [
         {**line, "report": ""} for line in found
     ]
+    if fault == "spike":  # the same way back
+        return
     first = found[0]["step"] if found[0]["step"] % 5 else found[1]["step"]
     kills = [f"task.kill_at={6 * first + 2}", "task.culprit=1", f"task.once={tmp_path / 'once'}"]
     command = [*DDPTRAIN, "train", "launch.nproc_per_node=2", f"run.dir={tmp_path / 'killed'}"]

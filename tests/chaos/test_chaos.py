@@ -12,7 +12,7 @@ from chaos.operator import StoryFailed
 from chaos.setting import LAUNCHERS, Setting
 from chaos.story import SEED, at_random, in_turn, short_run, tell
 
-FAULTS_OF_A_STORY = 4
+FAULTS_OF_A_STORY = 3
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
