@@ -219,6 +219,7 @@ class Run:
                     return state
             if not is_behind or time.monotonic() > until:
                 return None
+            self.step.gate.acquire(timeout=0.01)  # if the host does go on, it goes no further
 
     def _finished(self, marks: tuple[int, int, int]) -> State | None:
         done = self.step.finished()
