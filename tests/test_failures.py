@@ -16,7 +16,8 @@ from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, Finished, run,
 
 LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "launch.max_restarts=0"]
 UNDER_TORCHRUN = [*TORCHRUN, "2", "-m", "ddptrain"]
-SHORT = ["experiment=ragged", "train.max_steps=12", "log.tensorboard=false"]
+ALONE = ["data.val=null", "eval.every_steps=null", "checkpoint.keep_best=0"]
+SHORT = ["experiment=ragged", "train.max_steps=12", "log.tensorboard=false", *ALONE]
 
 
 def last_line(finished: Finished) -> str:

@@ -32,7 +32,8 @@ from ddptrain.run_directory import RunDirectory
 
 STEPS = 80
 EXACT = ["experiment=ragged", "parallel.reduction=exact", "log.tensorboard=false"]
-QUIET = ["eval.every_steps=null", "checkpoint.keep_best=0", "checkpoint.memory_every_steps=null"]
+ALONE = ["data.val=null", "eval.every_steps=null", "checkpoint.keep_best=0"]
+QUIET = [*ALONE, "checkpoint.memory_every_steps=null"]
 RUN = [*EXACT, *QUIET, "log.fingerprint_every=1", f"train.max_steps={STEPS}"]
 UNDER_TORCHRUN = [*TORCHRUN, "2", "--max-restarts=2", "-m", "ddptrain"]
 LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]

@@ -32,7 +32,8 @@ from ddptrain.resilience.flight import describe
 from ddptrain.resilience.verdict import PATIENCE, PATIENT, SILENT_SECONDS, Sign, explain, hangs
 
 EXACT = ["experiment=ragged", "parallel.reduction=exact", "log.tensorboard=false"]
-SHORT = [*EXACT, "eval.every_steps=null", "checkpoint.keep_best=0", "train.max_steps=60"]
+LONG = [*EXACT, "checkpoint.keep_best=0", "train.max_steps=60"]
+SHORT = [*LONG, "data.val=null", "eval.every_steps=null"]
 
 
 # --- the verdict -------------------------------------------------------------------------------
@@ -205,6 +206,6 @@ def test_a_long_evaluation_raises_no_alarm(tmp_path: Path) -> None:
     """Longer than the limit as a whole, though none of its micro-batches is."""
     slow = ["data.val.seconds=0.5", "eval.every_steps=30", "resilience.hang_seconds=4"]
     launcher = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "launch.max_restarts=0"]
-    finished = run([*launcher, *SHORT, *slow, f"run.dir={tmp_path / 'run'}"])
+    finished = run([*launcher, *LONG, *slow, f"run.dir={tmp_path / 'run'}"])
     assert finished.returncode == 0, finished.stderr
     assert len(read_json_lines(tmp_path / "run" / "attempts.jsonl")) == 1

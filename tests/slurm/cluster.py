@@ -80,10 +80,10 @@ class Cluster:
 
     def hasten(self, job: int) -> None:
         """Wait until a job is requeued, and spare it Slurm's pause of two minutes."""
-        # Until its nodes are idle, the end of its script is on its way to the controller, which
-        # would take it for that of the next start.
+        # Until its nodes are idle and their daemons for it have gone, the end of its script is on
+        # its way to the controller, which would take it for that of the next start.
         wait_until(
-            lambda: self.state(job) == "PENDING" and self._is_idle(),
+            lambda: self.state(job) == "PENDING" and self._is_idle() and not _has_daemon(job),
             f"job {job} to stop",
             self._trouble,
         )
@@ -278,3 +278,12 @@ def _terminate(daemon: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
+
+
+def _has_daemon(job: int) -> bool:
+    """Whether a step of ``job``, or its script, is still being looked after on some node."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if process.read_text().startswith(f"slurmstepd: [{job}."):
+                return True
+    return False
