@@ -172,6 +172,7 @@ class Trainer(Run):
     def stop(self) -> None:
         """Save, and leave what else is due to the start that goes on. Raises ``Stopped``."""
         self.heed(wait=True)
+        self.checkpoints.hurry()
         self.save()
         self.checkpoints.settle()
         self.ranks.barrier()  # nobody leaves before it is on disk

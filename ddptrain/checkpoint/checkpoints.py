@@ -20,6 +20,7 @@ from ddptrain.checkpoint.writer import Job, Writer, give_way
 from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import State
 
+SCRUB_PAUSE = 0.1
 NEIGHBOUR_SECONDS = 10.0
 """So long a rank that leaves waits for another of its node that is saving."""
 
@@ -53,6 +54,8 @@ class Checkpoints:
         self.told = False
         self.keeps_memory = True  # False where another rank keeps the memory that this one shares
         self.index: dict[int, dict[str, float]] | None = None
+        self.scrubbing: threading.Thread | None = None
+        self.is_in_a_hurry = False
         self.damaged: set[int] = set()
         self.written: set[int] = set()
 
@@ -149,15 +152,19 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Delete what need not be kept, now that the checkpoint of ``step`` is durable."""
+        while self.scrubbing is not None and self.scrubbing.is_alive():
+            if self.is_in_a_hurry or self.writer.resting:
+                return  # the next start does it
+            self.scrubbing.join(SCRUB_PAUSE)
         # One that cannot be read now is not deleted: its disk may be back tomorrow. Nor is a later
         # one: it was passed over when this attempt began, and is written again when its step comes.
         self.written.add(step)
         self.damaged.discard(step)
         stored, damaged = self._stored()
-        for other in damaged:
-            if other < step and self._is_damaged(other):
+        for other in (other for other in damaged if other < step):
+            if self._is_damaged(other):
                 self.store.delete(other)
-                self.damaged.discard(other)
+            self.damaged.discard(other)
         entries = [self._entry(s, metrics) for s, metrics in stored.items() if s <= step]
         for other in {e.step for e in entries} - self.retention.keep(entries) - {step}:
             self.store.delete(other)
@@ -248,7 +255,12 @@ class Checkpoints:
         have to read it. Only on a disk of this machine's: an object store keeps its own checksums.
         """
         if isinstance(self.store.medium, Disk):
-            threading.Thread(target=self._scrub, name="scrub", daemon=True).start()
+            self.scrubbing = threading.Thread(target=self._scrub, name="scrub", daemon=True)
+            self.scrubbing.start()
+
+    def hurry(self) -> None:
+        """Wait for no more than what has to be saved: the run was asked to stop."""
+        self.is_in_a_hurry = True
 
     def _scrub(self) -> None:
         give_way()

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import uuid
-from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -23,6 +22,7 @@ from ddptrain.errors import (
     EXIT_STOPPED,
     TrainingError,
 )
+from ddptrain.observe.loggers import read_json_lines
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.resilience.preemption import SIGNALS
 from ddptrain.run_directory import RunDirectory
@@ -52,14 +52,15 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     wanted = config.launch.max_restarts
     allowed = left = RESTARTS if wanted is None else wanted
     first = before = progress.read()
-    attempts = partial(_lines, run.attempts)
-    known = attempts()
+    known = len(read_json_lines(run.attempts))
     command = ["worker", str(run.path)]
     while True:
         try:
             error = start_ranks(command, ranks)
         except SignalException as asked:  # the ranks were told, and had time to heed it
-            return _stopped(run, signal.Signals(asked.sigval), attempts() > known)
+            begun = read_json_lines(run.attempts)[known:]
+            has_begun = any(progress.read() > line["step"] for line in begun[-1:])
+            return _stopped(run, signal.Signals(asked.sigval), has_begun)
         if error is None:
             return EXIT_COMPLETED
         rank, failure = error.get_first_failure()
@@ -71,16 +72,10 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
         if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
             return code
         before, left = now, left - 1
-        if attempts() > known:  # run.resume has been held against what there is
+        # Where a step was done, or noted, run.resume has been held against what there is.
+        if now > first or len(read_json_lines(run.attempts)) > known:
             command = ["worker", str(run.path), "--again"]
         print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
-
-
-def _lines(file: Path) -> int:
-    try:
-        return file.read_bytes().count(b"\n")
-    except OSError:
-        return 0
 
 
 def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
@@ -99,11 +94,11 @@ def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
 
 
 def _stopped(run: RunDirectory, asked: signal.Signals, has_begun: bool) -> int:
-    """The exit code of a launch that ``asked`` has ended, whose ranks had maybe not ``begun``."""
+    """The exit code of a launch that ``asked`` has ended; it ``has_begun`` once a step is done."""
     status = run.outcome().get("status")
     otherwise = (EXIT_FAILED, "ended unfinished")
     if not has_begun:
-        otherwise = EXIT_STOPPED, "stopped before it had begun; start it again to go on"
+        otherwise = EXIT_STOPPED, "stopped before a step was done; start it again to go on"
     code, how = {
         "completed": (EXIT_COMPLETED, "it was completed all the same"),
         "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),

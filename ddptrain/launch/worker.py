@@ -61,6 +61,8 @@ NOTHING_TO_RESCUE = (
     NonFiniteError, DivergenceError, Stopped, Refused, CheckpointError, Superseded
 )  # fmt: skip
 """Errors that come with a checkpoint, or without a state that could be trusted."""
+OF_ALL_RANKS = (NonFiniteError, DivergenceError, Stopped)
+"""Errors that every rank raises by itself, rank 0 once it has saved what there is to save."""
 COPY_SECONDS = 5.0
 """So long it also copies what it has saved in memory to the store."""
 LAST_RESORT_SECONDS = 5.0
@@ -199,7 +201,7 @@ class Attempt:
         waits = is_of_peer(error)  # for the rank with the cause to speak first
         code = EXIT_FAILED if waits else exit_with(*told)
         if self.watchdog is not None:
-            self.watchdog.end(failed=not isinstance(error, NOTHING_TO_RESCUE))
+            self.watchdog.end(failed=not isinstance(error, OF_ALL_RANKS))
         if self.trainer is not None:
             if not isinstance(error, NOTHING_TO_RESCUE):
                 with contextlib.suppress(Exception):  # the error to show is the first one

@@ -60,8 +60,7 @@ def hangs(signs: Iterable[Sign], seconds: float) -> bool:
 def explain(signs: Sequence[Sign]) -> str:
     """Which rank holds up the others, and where, in plain words."""
     at_work = [sign for sign in signs if not sign.finished]
-    culprits = [sign for sign in at_work if sign.failed]
-    culprits = culprits or [sign for sign in at_work if not sign.answers]
+    culprits = [sign for sign in at_work if sign.failed or not sign.answers]
     culprits = culprits or [sign for sign in at_work if sign.phase not in WAITING]
     if not culprits:
         step = max(sign.step for sign in at_work)
