@@ -143,7 +143,6 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
 
 EXACT = {
     "digits": ["experiment=digits"],
-    "breast_cancer": ["experiment=breast_cancer"],
     "stdlib_lm": [
         *("experiment=stdlib_lm", "model.layers=1", "model.width=16", "model.dropout=0.1"),
         *("data.val=null", "data.test=null", "eval.every_steps=null", "checkpoint.keep_best=0"),
@@ -162,7 +161,7 @@ def exact(ranks: Ranks, folder: Path) -> dict[str, list[str]]:
         config = compose([*overrides, "parallel.reduction=exact", "log.tensorboard=false"])
         found[name] = resumed_and_not(config, ranks, folder, 2, 4)
     draw = random.Random(5)
-    for case in range(4):  # borders of epochs and of micro-batches fall anywhere
+    for case in range(2):  # borders of epochs and of micro-batches fall anywhere
         micro, micro_batches = draw.randint(1, 3), draw.randint(4, 7)
         batch = micro * micro_batches
         samples = draw.randint(batch, 3 * batch)
