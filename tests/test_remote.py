@@ -125,8 +125,8 @@ def test_a_run_moves_to_another_machine_through_s3(s3: str, tmp_path: Path) -> N
 
 def test_what_a_start_may_do_is_held_against_a_store_elsewhere_too(tmp_path: Path) -> None:
     """``run.resume``, where run.dir is new and checkpoint.dir is not, through a restart as well."""
-    alone = ["data.val=null", "eval.every_steps=null", "checkpoint.keep_best=0"]
-    few = ["experiment=ragged", "log.tensorboard=false", *alone]
+    few = ["experiment=ragged", "log.tensorboard=false", "data.val=null", "eval.every_steps=null"]
+    few.append("checkpoint.keep_best=0")
     few.append(f"checkpoint.dir={tmp_path / 'kept'}")
     one_rank = [*DDPTRAIN, *few, "train.max_steps=4"]
     none = run([*one_rank, f"run.dir={tmp_path / 'first'}", "run.resume=must"])
@@ -137,16 +137,16 @@ def test_what_a_start_may_do_is_held_against_a_store_elsewhere_too(tmp_path: Pat
     new = run([*launched, f"run.dir={tmp_path / 'second'}", "run.resume=never"])
     assert new.returncode == 0, new.stderr
     assert "starting the ranks again" in new.stderr
-    there = run(
-        [
-            *TORCHRUN,
-            "1",
-            "--max-restarts=1",
-            *alone[1:],
-            f"run.dir={tmp_path / 'third'}",
-            "run.resume=never",
-        ]
-    )
+    under_torchrun = [
+        *TORCHRUN,
+        "1",
+        "--max-restarts=1",
+        "-m",
+        "ddptrain",
+        *few,
+        "train.max_steps=4",
+    ]
+    there = run([*under_torchrun, f"run.dir={tmp_path / 'third'}", "run.resume=never"])
     assert there.returncode == 1, there.stderr  # of torchrun, which asks twice
     assert there.stderr.count("holds a checkpoint; name another checkpoint.dir") >= 2
     again = run([*one_rank, f"run.dir={tmp_path / 'fourth'}", "run.resume=must"])
