@@ -9,7 +9,6 @@ import os
 import threading
 import weakref
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ddptrain.checkpoint.media import Digest
+from ddptrain.checkpoint.media import Digest, digest_of
 from ddptrain.state import Tensors, unshared
 
 UNPIN_SECONDS = 1.0
@@ -81,7 +80,7 @@ class Mapped:
             view.copy_(tensors[name], non_blocking=True)
 
     def digest(self) -> Digest:
-        return {"bytes": len(self.bytes), "sha256": sha256(self.bytes).hexdigest()}
+        return digest_of(self.bytes)
 
 
 def _keep_free(file: Path, size: int, reserve: float) -> None:

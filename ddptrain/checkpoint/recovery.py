@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.media import CHECKSUM
 from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
 from ddptrain.errors import CheckpointError
@@ -108,7 +109,7 @@ def _of_store(store: Store, tier: int, rank: int) -> Iterator[Offer]:
         digest: tuple[tuple[str, str], ...] = ()
         try:
             files = store.manifest(step)["files"]
-            digest = tuple((name, files[name]["sha256"]) for name in sorted(files))
+            digest = tuple((name, files[name][CHECKSUM]) for name in sorted(files))
         except (CheckpointError, KeyError, TypeError):
             pass  # told when it is tried, which it may not be
         yield Offer(step, rank, tier, store.where(step), digest)

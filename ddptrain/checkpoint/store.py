@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from re import fullmatch
 from typing import Any
 
-from ddptrain.checkpoint.media import Digest, Medium
+from xxhash import xxh3_128
+
+from ddptrain.checkpoint.media import Digest, Medium, digest_of
 from ddptrain.errors import CheckpointError, DamagedError
 from ddptrain.failpoints import reach
 
@@ -78,8 +79,7 @@ class Store:
             content = self.medium.read(folder_of(step), name)
         except OSError as error:
             raise self._unread(step, name, error) from error
-        found = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
-        self._compare(step, name, found, promised)
+        self._compare(step, name, digest_of(content), promised)
         return content
 
     def _compare(self, step: int, name: str, found: Digest, promised: Digest) -> None:
@@ -163,4 +163,4 @@ def sealed(manifest: dict[str, Any]) -> bytes:
 def checksum(manifest: dict[str, Any]) -> str:
     """Of what a manifest says, not of how it is written: keys sorted, without spaces."""
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    return sha256(canonical.encode()).hexdigest()
+    return xxh3_128(canonical.encode()).hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddptrain import pulse
 from ddptrain.errors import DivergenceError
-from ddptrain.hashing import hash_all
+from ddptrain.hashing import hash_alike
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.parallel.reduction import all_gather
 from ddptrain.tasks.task import Task
@@ -36,7 +36,7 @@ class Replicas:
         self.settle()
         if self.ranks.world_size == 1:
             return
-        own = hash_all(self._named().values())
+        own = hash_alike(self._named().values())
         gathered = own.new_empty(self.ranks.world_size * len(own))
         work: Any = all_gather(gathered, own, async_op=True)
         self.pending = step, gathered, work
