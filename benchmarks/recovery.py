@@ -36,6 +36,7 @@ class Contender:
 
     def __init__(self, name: str, case: str, folder: Path) -> None:
         self.name = name
+        self.program = "loops.py" if name == "hand" else "ddptrain"
         self.beat = folder / f"{name}-beat"
         line = command(name, case, folder)
         line.insert(line.index("--standalone"), f"--max-restarts={RESTARTS}")
@@ -65,7 +66,7 @@ class Contender:
     def recover(self) -> float:
         """Kill a rank; return the seconds until the next step."""
         time.sleep(SETTLE_SECONDS)
-        ranks = ranks_below(self.agent.pid)
+        ranks = ranks_below(self.agent.pid, self.program)
         victim = ranks[random.choice(list(ranks))]
         killed = time.monotonic()
         os.kill(victim, signal.SIGKILL)

@@ -46,8 +46,8 @@ def kill_tree(root: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def ranks_below(agent: int) -> dict[int, int]:
-    """The process of each rank that an agent has started."""
+def ranks_below(agent: int, program: str = "ddptrain") -> dict[int, int]:
+    """The process of each rank of a ``program`` that an agent has started."""
     found = {}
     for process in tree(agent)[1:]:
         try:
@@ -57,7 +57,7 @@ def ranks_below(agent: int) -> dict[int, int]:
             continue
         named = dict(line.partition("=")[::2] for line in variables)
         # Loading workers are forks of their rank, and come after it.
-        if "ddptrain" in command and "RANK" in named:
+        if program in command and "RANK" in named:
             found.setdefault(int(named["RANK"]), process)
     return found
 
