@@ -30,10 +30,12 @@ from chaos.checks import undisturbed, work_of
 from chaos.events import Fault
 from chaos.operator import StoryFailed
 from chaos.setting import LAUNCHERS, Setting
-from chaos.story import at_random, pauses_at_random, tell
+from chaos.story import at_random, tell
 
 STEP_SECONDS = 0.2
 """Of a run whose faults are minutes apart: long enough that few steps make many minutes."""
+REST_OF_A_STEP = 0.06
+"""What a step takes beside that."""
 SECONDS_OF_A_FAULT = 5.0
 """About what one costs."""
 
@@ -64,7 +66,7 @@ def the_setting(
     ranks, launcher = random.choice(options.ranks), random.choice(options.launchers)
     workers = random.choice(options.workers) or int(kinds.needs_workers(faults))
     folder = Path(tempfile.mkdtemp(prefix=f"chaos-{seed}-"))
-    steps = steps_of_a_run(len(faults), seed, options)
+    steps = steps_of_a_run(len(faults), options)
     common: dict[str, Any] = {"steps": steps, "workers": workers}
     common["disturbing"] = hangs.OVERRIDES
     if options.mean_seconds is not None:
@@ -89,13 +91,13 @@ def the_setting(
     shutil.rmtree(folder)
 
 
-def steps_of_a_run(faults: int, seed: int, options: argparse.Namespace) -> int:
+def steps_of_a_run(faults: int, options: argparse.Namespace) -> int:
     """Given, or as many as it takes until all faults have come, and some."""
     mean: float | None = options.mean_seconds
     if mean is None:
         return int(options.steps)
-    seconds = sum(pauses_at_random(seed, faults, mean)) + mean / 2
-    return int(seconds * mean / (mean + SECONDS_OF_A_FAULT) / STEP_SECONDS)
+    seconds = faults * (mean - SECONDS_OF_A_FAULT) + mean / 2
+    return int(seconds / (STEP_SECONDS + REST_OF_A_STEP))
 
 
 def one_story(faults: list[Fault], two_nodes: bool, seed: int, options: argparse.Namespace) -> Told:

@@ -33,9 +33,10 @@ def a_moment(random: Random, steps_between: int) -> Moment:
 
 
 def pauses_at_random(seed: int, count: int, mean_seconds: float) -> list[float]:
-    """Seconds before each of some faults that know nothing of each other."""
+    """Seconds before each of some faults that know nothing of each other, but for their mean."""
     random = Random(seed)
-    return [random.expovariate(1 / mean_seconds) for _ in range(count)]
+    drawn = [random.expovariate(1.0) for _ in range(count)]
+    return [mean_seconds * each * count / sum(drawn) for each in drawn]
 
 
 def at_random(
