@@ -148,28 +148,36 @@ def _cut(file: Path, step: int) -> int | None:
 
 
 class TensorBoard:
-    """Event files: curves against optimiser steps, the config as text, hparams at the end."""
+    """Event files: curves against optimiser steps, the config as text, hparams at the end.
+
+    They are begun with the first number: their package is slow to import, and a start waits for it.
+    """
 
     def __init__(self, folder: Path, resumed_at: int, config_text: str) -> None:
         # Also from step 0: a start that saved nothing may have left curves.
         begun_before = any(folder.glob("events.*"))
-        purge = resumed_at + 1 if resumed_at else 0 if begun_before else None
+        self.purge = resumed_at + 1 if resumed_at else 0 if begun_before else None
         self.folder = folder
-        self.writer = self._open(purge)
-        if not resumed_at:
-            self.writer.add_text("config", f"```yaml\n{config_text}\n```")
+        self.config_text = None if resumed_at else config_text
+        self.opened: SummaryWriter | None = None
 
-    def _open(self, purge: int | None) -> SummaryWriter:
+    def _writer(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder), purge_step=purge)
+        if self.opened is None:
+            self.opened = SummaryWriter(str(self.folder), purge_step=self.purge)
+            self.purge = None
+            if self.config_text is not None:
+                self.opened.add_text("config", f"```yaml\n{self.config_text}\n```")
+                self.config_text = None
+        return self.opened
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         try:
             for name, value in scalars.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
+                self._writer().add_scalar(f"{split}/{name}", value, step)
         except OSError:
-            self.writer = self._open(None)  # one that has failed once takes nothing any more
+            self.opened = None  # one that has failed once takes nothing any more
             raise
 
     def finish(self, step: int, hparams: dict[str, Any], outcome: Scalars) -> None:
@@ -179,11 +187,12 @@ class TensorBoard:
         plain = {
             k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()
         }
-        writer = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
+        writer = self._writer()._get_file_writer()  # type: ignore[no-untyped-call]
         for part in summary(plain, outcome):  # type: ignore[no-untyped-call]
             writer.add_summary(part)
         for name, value in outcome.items():
-            self.writer.add_scalar(name, value, step)
+            self._writer().add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        if self.opened is not None:
+            self.opened.close()
