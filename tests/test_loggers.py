@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from chaos.machine import small_disk
 
 from ddptrain.observe.loggers import JsonLines, read_json_lines
+from ddptrain.observe.observer import History
+from ddptrain.run_directory import RunDirectory
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root alone")
+is_root = pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root alone")
+HEADER = {"step": 0, "names": ["weight"]}
 
 
 @pytest.fixture
@@ -33,6 +37,18 @@ def steps(file: Path) -> list[int]:
     return [line["step"] for line in read_json_lines(file)]
 
 
+@contextlib.contextmanager
+def out_of_reach(folder: Path) -> Iterator[None]:
+    """While a file is in its place, nothing under ``folder`` can be opened."""
+    aside = folder.rename(folder.with_name("aside"))
+    folder.touch()
+    try:
+        yield
+    finally:
+        folder.unlink()
+        aside.rename(folder)
+
+
 def write(lines: JsonLines, first: int, last: int, fails: bool) -> None:
     for step in range(first, last + 1):
         if fails:
@@ -42,6 +58,7 @@ def write(lines: JsonLines, first: int, last: int, fails: bool) -> None:
             lines.log(step, "train", {"loss": 0.5, "padding": 10.0**50})
 
 
+@is_root
 def test_lines_wait_for_room(disk: Path, tmp_path: Path) -> None:
     lines = JsonLines(disk / "lines", 0, tmp_path / "spill")
     filler = fill(disk)
@@ -52,16 +69,63 @@ def test_lines_wait_for_room(disk: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "spill").read_bytes()
 
 
+@is_root
 def test_the_next_start_writes_what_the_last_one_could_not(disk: Path, tmp_path: Path) -> None:
     """Up to the step that it goes on from; the disk may still be full then."""
     lines = JsonLines(disk / "lines", 0, tmp_path / "spill")
     filler = fill(disk)
     write(lines, 1, 20, fails=True)  # and it is killed
     still = JsonLines(disk / "lines", 17, tmp_path / "spill")
-    assert still.last_step == 17
     write(still, 18, 19, fails=True)  # and this one as well
     filler.unlink()
     last = JsonLines(disk / "lines", 18, tmp_path / "spill")
     write(last, 19, 21, fails=False)
     last.close()
     assert steps(disk / "lines") == list(range(1, 22))
+
+
+def recorded(folder: Path, resumed_at: int) -> JsonLines:
+    record = {"step": resumed_at, "hash": "a"}
+    return JsonLines(folder / "lines", resumed_at, folder.with_name("spill"), HEADER, record)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_what_a_file_begins_with_shows_when_it_can_be_opened(tmp_path: Path, is_new: bool) -> None:
+    """It is neither missing nor there twice, and nor is the line of the step resumed at."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if not is_new:
+        first = recorded(folder, 0)
+        for step in range(1, 8):
+            first.write({"step": step, "hash": "a"})
+    with out_of_reach(folder):
+        later = recorded(folder, 5)
+        with pytest.raises(OSError, match="lines"):
+            later.write({"step": 6, "hash": "a"})
+    later.write({"step": 7, "hash": "a"})
+    first_steps = [0] if is_new else [0, 1, 2, 3, 4, 5]
+    assert steps(folder / "lines") == [*first_steps, 6, 7]
+    assert read_json_lines(folder / "lines")[0] == HEADER
+    lost = recorded(folder, 9)
+    lost.flush()
+    assert steps(folder / "lines") == [*first_steps, 6, 7, 9]
+
+
+def test_a_start_counts_although_it_could_not_be_written(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+
+    def start(step: int) -> History:
+        history = History(run)
+        history.ranks_before()
+        history.begin(step, world_size=2, known=step + 3)
+        return history
+
+    start(0)
+    with out_of_reach(run.path), pytest.raises(OSError, match="attempts"):
+        start(4)  # and it is killed
+    last = start(8)
+    assert last.totals() == {"restarts": 2, "lost_steps": 9}
+    assert [line["step"] for line in read_json_lines(run.attempts)] == [0, 4, 8]
+    for memory in run.memories():
+        shutil.rmtree(memory, ignore_errors=True)

@@ -30,14 +30,24 @@ class JsonLines:
     """One object a line, each step once over all resumes; ``metrics.jsonl`` is one such file.
 
     Lines that cannot be written now are kept, and written before the next one; in ``spill``, a file
-    in memory that outlives the process, for the next start if this one is killed before.
+    in memory that outlives the process, for the next start if this one is killed before. Which of
+    ``header`` and ``record`` the file needs shows when it is opened, which may be later as well:
+    what it begins with, and the line of the step that was ``resumed_at``, where it is not there.
     """
 
-    def __init__(self, file: Path, resumed_at: int, spill: Path | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        resumed_at: int,
+        spill: Path | None = None,
+        header: dict[str, Any] | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
         self.file = file
         self.resumed_at = resumed_at
         self.spill = spill
-        self.last_step: int | None = None
+        self.header = header
+        self.record = record
         self.descriptor: int | None = None
         self.size = 0
         self.waiting = b""
@@ -45,27 +55,29 @@ class JsonLines:
         with suppress(OSError):  # told with the first line
             self._open()
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.size and not self.waiting
-
     def _open(self) -> int:
         if self.descriptor is None:
-            if self.file.exists():
-                self.last_step = _cut(self.file, self.resumed_at)
+            last = _cut(self.file, self.resumed_at) if self.file.exists() else None
+            there = self.file.read_bytes() if self.file.exists() else b""
+            before = b"".join(map(_encoded, self._owed(there, last)))
             self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            self.size = os.fstat(self.descriptor).st_size
-            self._take_over()
+            self.size = len(there)
+            self.waiting = before + self.waiting
         return self.descriptor
 
-    def _take_over(self) -> None:
-        """Have what the start before could not write wait first, unless it could after all."""
-        there = set(self.file.read_bytes().splitlines(keepends=True))
+    def _owed(self, there: bytes, last: int | None) -> list[dict[str, Any]]:
+        """What belongs between the lines that are ``there``, and those of this start."""
         spilled = read_json_lines(self.spill) if self.spill is not None else []
-        kept = [line for line in spilled if line.get("step", 0) <= self.resumed_at]
-        kept = [line for line in kept if _encoded(line) not in there]
-        self.waiting = b"".join(map(_encoded, kept)) + self.waiting
-        self.last_step = kept[-1].get("step") if kept else self.last_step
+        written = set(there.splitlines(keepends=True))
+        owed = [line for line in spilled if line.get("step", 0) <= self.resumed_at]
+        owed = [line for line in owed if _encoded(line) not in written]
+        begins = owed and self.header is not None and owed[0].keys() == self.header.keys()
+        if self.header is not None and not there and not begins:
+            return [self.header]  # which is of this step: what there may be before it goes
+        last = owed[-1].get("step") if owed else last
+        if self.record is not None and last != self.record["step"]:
+            owed.append(self.record)
+        return owed
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line. Raises ``OSError``, and has it wait, if the disk does not take it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ class Observer:
         self.resumed_at = 0
         self.told: set[str] = set()
         self.said: set[str] = set()
-        self.history = History(run.attempts)
+        self.history = History(run)
 
     def open(self, resumed_at: int, total_steps: int, known: int = 0) -> None:
         """Begin, or go on after ``resumed_at`` steps: what was told of later ones is taken back.
@@ -62,9 +62,9 @@ class Observer:
         """
         if not self.speaks:
             return
-        before = self.history.begin(resumed_at, self.run, self.world_size, known)
+        before = self.history.ranks_before()
         with self._surviving(self.history):
-            self.history.write()
+            self.history.begin(resumed_at, self.world_size, known)
         with self._surviving(self):
             self.run.result.unlink(missing_ok=True)
         spilled = self.run.memories()[0] / self.run.metrics.name
@@ -95,8 +95,8 @@ class Observer:
         self.screen = open_screen(total_steps, resumed_at)
         self.loggers.append(self.screen)
 
-    def _lines(self, file: Path, resumed_at: int) -> JsonLines:
-        return JsonLines(file, resumed_at, self.run.memories()[0] / file.name)
+    def _lines(self, file: Path, resumed_at: int, **of: dict[str, Any] | None) -> JsonLines:
+        return JsonLines(file, resumed_at, self.run.memories()[0] / file.name, **of)
 
     def at(self, step: int) -> None:
         self.screen.step = step
@@ -122,6 +122,8 @@ class Observer:
         if step == self.resumed_at and split in self.told:
             return  # a repeated evaluation of the step that this run was resumed at
         self._may_write()
+        with self._surviving(self.history):
+            self.history.write()
         for each in self.loggers:
             with self._surviving(each):
                 each.log(step, split, scalars)
@@ -147,12 +149,10 @@ class Observer:
         ``record`` is that of the step that the run goes on from.
         """
         if self.speaks:
-            self.fingerprints = self._lines(self.run.fingerprints, self.resumed_at)
+            file, at = self.run.fingerprints, self.resumed_at
+            self.fingerprints = self._lines(file, at, header=header, record=record)
             with self._surviving(self.fingerprints):
-                if self.fingerprints.is_empty:
-                    self.fingerprints.write(header)
-                elif record is not None and self.fingerprints.last_step != record["step"]:
-                    self.fingerprints.write(record)
+                self.fingerprints.flush()
 
     def fingerprint(self, record: dict[str, Any] | None) -> None:
         if self.fingerprints is not None and record is not None:
@@ -189,6 +189,8 @@ class Observer:
 
     def close(self) -> None:
         """Close every logger; one that cannot be closed is noted, and hides no other error."""
+        with self._surviving(self.history):
+            self.history.write()
         for each in self.loggers:
             try:
                 each.close()
@@ -205,22 +207,29 @@ class Observer:
 class History:
     """The starts of a run: how often it was resumed, and which steps had to be done again."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.file: JsonLines | None = None
         self.starts: list[dict[str, Any]] = []
-        self.told = 0
 
-    def begin(self, resumed_at: int, run: RunDirectory, world_size: int, known: int) -> int | None:
+    def ranks_before(self) -> int | None:
+        """The number of ranks of the last start, if there was one."""
+        if self.file is None:
+            spill = self.run.memories()[0] / self.run.attempts.name
+            self.file = JsonLines(self.run.attempts, sys.maxsize, spill)
+            self.starts = read_json_lines(self.run.attempts)
+            self.starts += [start for start in read_json_lines(spill) if start not in self.starts]
+        return self.starts[-1].get("world_size") if self.starts else None
+
+    def begin(self, resumed_at: int, world_size: int, known: int) -> None:
         """Note a start. Steps that the last one is known to have taken past it are lost.
 
-        Returns the number of ranks of the last start, if there was one.
+        Raises ``OSError`` if that cannot be written now.
         """
-        self.starts = self.starts or read_json_lines(self.file)
-        self.told = self.told or len(self.starts)
-        before = self.starts[-1].get("world_size") if self.starts else None
-        last = max((line.get("step", 0) for line in read_json_lines(run.metrics)), default=0)
+        lines = read_json_lines(self.run.metrics)
+        last = max((line.get("step", 0) for line in lines), default=0)
         # If the last start failed, it could still say where.
-        last = max(last, run.outcome().get("step", 0), known)
+        last = max(last, self.run.outcome().get("step", 0), known)
         start = {
             "time": time.time(),
             "step": resumed_at,
@@ -228,16 +237,13 @@ class History:
             "world_size": world_size,
         }
         self.starts.append(start)
-        return before
+        assert self.file is not None
+        self.file.write(start)
 
     def write(self) -> None:
-        """Append the starts that the file does not have yet. Raises ``OSError``, as disks do."""
-        lines = "".join(json.dumps(start) + "\n" for start in self.starts[self.told :])
-        with self.file.open("a+b") as stream:
-            if stream.tell() and stream.seek(-1, os.SEEK_END) and stream.read() != b"\n":
-                lines = f"\n{lines}"  # the last line was cut short by a crash
-            stream.write(lines.encode())
-        self.told = len(self.starts)
+        """Write what could not be written yet. Raises ``OSError`` if it still cannot."""
+        if self.file is not None and self.file.waiting:
+            self.file.flush()
 
     def totals(self) -> dict[str, int]:
         """How often the run was started again, and how many steps that cost."""
