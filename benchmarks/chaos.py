@@ -34,7 +34,7 @@ from chaos.story import at_random, tell
 
 STEP_SECONDS = 0.2
 """Of a run whose faults are minutes apart: long enough that few steps make many minutes."""
-REST_OF_A_STEP = 0.06
+REST_OF_A_STEP = 0.04
 """What a step takes beside that."""
 SECONDS_OF_A_FAULT = 5.0
 """About what one costs."""
