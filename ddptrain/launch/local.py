@@ -1,17 +1,12 @@
-"""Starts the ranks of this machine through torch's elastic launcher, and tells how they ended."""
+"""Starts the ranks of a run on this machine, again if they fail, and tells how they ended."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 import uuid
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.config import Config
@@ -22,9 +17,9 @@ from ddptrain.errors import (
     EXIT_STOPPED,
     TrainingError,
 )
+from ddptrain.launch.agent import DDPTRAIN, Asked, Failure, start_ranks
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.resilience.crashes import LAUNCH, Crashes
-from ddptrain.resilience.preemption import SIGNALS
 from ddptrain.run_directory import RunDirectory
 
 RESTARTS = 3
@@ -53,28 +48,27 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     allowed = left = RESTARTS if wanted is None else wanted
     first = before = progress.read()
     known = len(read_json_lines(run.attempts))
-    command = ["worker", str(run.path)]
+    command = [*DDPTRAIN, "worker", str(run.path)]
     while True:
         try:
-            error = start_ranks(command, ranks)
-        except SignalException as asked:  # the ranks were told, and had time to heed it
+            failure = start_ranks(command, ranks)
+        except Asked as asked:  # the ranks were told, and had time to heed it
             begun = read_json_lines(run.attempts)[known:]
             has_begun = any(progress.read() > line["step"] for line in begun[-1:])
-            return _stopped(run, signal.Signals(asked.sigval), has_begun)
-        if error is None:
+            return _stopped(run, asked.signal, has_begun)
+        if failure is None:
             return EXIT_COMPLETED
-        rank, failure = error.get_first_failure()
-        log = next(Path(run.logs).glob(f"rank-{rank}.*"), run.logs)
-        code = print_failure(error, f"its log: {log}")
+        log = next(Path(run.logs).glob(f"rank-{failure.rank}.*"), run.logs)
+        code = print_failure(failure, f"its log: {log}")
         now = progress.read()
         left = allowed if now > before else left
-        was_raised = now <= first and failure.exitcode > 0
+        was_raised = now <= first and failure.exit_code > 0
         if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
             return code
         before, left = now, left - 1
         # Where a step was done, or noted, run.resume has been held against what there is.
         if now > first or len(read_json_lines(run.attempts)) > known:
-            command = ["worker", str(run.path), "--again"]
+            command = [*DDPTRAIN, "worker", str(run.path), "--again"]
         print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
 
 
@@ -107,48 +101,15 @@ def _stopped(run: RunDirectory, asked: signal.Signals, has_begun: bool) -> int:
     return code
 
 
-def start_ranks(
-    arguments: list[str], ranks: int, output: Path | None = None
-) -> ChildFailedError | None:
-    """Run the command ``arguments`` as ``ranks`` ranks; return how they failed, if they did.
-
-    What they print goes to files under ``output``, if that is given, and to the screen if not.
-    """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        # The agent hands these on to its ranks; of others it would die.
-        signals_to_handle=",".join(number.name for number in SIGNALS),
-        monitor_interval=0.1,
-        logs_specs=None if output is None else DefaultLogsSpecs(str(output), redirects=Std.ALL),
-    )
-    command = [sys.executable, "-m", "ddptrain", *arguments]
-    try:
-        elastic_launch(launch, entrypoint=command[0])(*command[1:])
-    except ChildFailedError as error:
-        return error
-    return None
-
-
-def print_failure(error: ChildFailedError, otherwise: str) -> int:
-    """Print the first failure, last; return the exit code that it stands for.
+def print_failure(failure: Failure, otherwise: str) -> int:
+    """Print the failure, last; return the exit code that it stands for.
 
     ``otherwise`` is what to say of a rank that left no message.
     """
-    rank, failure = error.get_first_failure()
-    message = failure.message
-    if isinstance(message, dict):
-        print(message["extraInfo"]["py_callstack"], file=sys.stderr)
+    code = failure.exit_code
+    if failure.message is not None:
+        print(failure.message, file=sys.stderr)
     else:
-        name = failure.signal_name()
-        how = f"was killed by {name}" if failure.exitcode < 0 else f"exited {failure.exitcode}"
-        print(f"rank {rank}: {how}, without a word; {otherwise}", file=sys.stderr)
-    known = (EXIT_REFUSED, EXIT_STOPPED)
-    return failure.exitcode if failure.exitcode in known else EXIT_FAILED
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code}"
+        print(f"rank {failure.rank}: {how}, without a word; {otherwise}", file=sys.stderr)
+    return code if code in (EXIT_REFUSED, EXIT_STOPPED) else EXIT_FAILED

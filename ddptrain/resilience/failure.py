@@ -20,6 +20,7 @@ from ddptrain.place import Place
 COLLECTIVE_CODE = ("torch/distributed/", "torch/nn/parallel/")
 MAYBE_COLLECTIVE_CODE = ("torch/autograd/graph.py", "torch/futures/", "ddptrain/")
 LATER_SECONDS = 3600
+IS_CAUSE = "is_cause"
 PEER_SECONDS = 3.0
 """How long a rank whose collective failed waits to be stopped, or to hear of the real cause."""
 
@@ -73,7 +74,7 @@ def tell_agent(message: str, is_cause: bool = True) -> None:
     if file is None or (not is_cause and Path(file).exists()):
         return
     when = int(time.time()) + (0 if is_cause else LATER_SECONDS)
-    extra = {"py_callstack": message, "timestamp": str(when)}
+    extra = {"py_callstack": message, "timestamp": str(when), IS_CAUSE: is_cause}
     content = {"message": {"message": message, "extraInfo": extra}}
     with suppress(OSError):  # it is on the screen and in the log as well
         Path(file).write_text(json.dumps(content))

@@ -13,7 +13,8 @@ import yaml
 from ddptrain.compose import to_plain
 from ddptrain.config import Config, Device
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
-from ddptrain.launch.local import print_failure, start_ranks
+from ddptrain.launch.agent import DDPTRAIN, start_ranks
+from ddptrain.launch.local import print_failure
 from ddptrain.run_directory import RunDirectory
 from ddptrain.verify.rank import ORDER, REPORT
 
@@ -35,12 +36,12 @@ def verify(config: Config, world_sizes: list[int], steps: int) -> int:
     with TemporaryDirectory(prefix="ddptrain-verify-") as name:
         folder = Path(name)
         (folder / ORDER).write_text(yaml.safe_dump({**order, "config": to_plain(config)}))
-        error = start_ranks(["verify-rank", name], ranks, output=folder / "output")
+        failure = start_ranks([*DDPTRAIN, "verify-rank", name], ranks, folder / "output")
         for memory in RunDirectory(folder / "run").memories():
             rmtree(memory, ignore_errors=True)
         file = folder / REPORT
-        if error is not None and not file.exists():
-            return print_failure(error, _last_words(folder))
+        if failure is not None and not file.exists():
+            return print_failure(failure, _last_words(folder))
         report = json.loads(file.read_text())
     print(report["text"])
     return EXIT_COMPLETED if report["holds"] else EXIT_FAILED

@@ -1,0 +1,220 @@
+"""Starts ranks on this machine and waits for them, as torch's agent does, whose variables it sets.
+
+torch's can start no rank before it has been imported itself, which takes as long as a rank's own
+imports do. Here both go on at once: what needs torch is the store in which ranks meet, and until it
+is there they wait at its port.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ddptrain.resilience.failure import IS_CAUSE
+from ddptrain.resilience.preemption import SIGNALS
+
+GRACE_SECONDS = 30.0
+"""So long ranks may take to leave once they were told to, as under torch's agent."""
+POLL_SECONDS = 0.03
+HOST = "127.0.0.1"
+DDPTRAIN = (sys.executable, "-m", "ddptrain")
+
+
+class Asked(Exception):
+    """The ranks were ``asked`` to end, by a signal that came to this process, and have ended."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How the rank ended that failed first; ``message`` is what it left to be shown."""
+
+    rank: int
+    exit_code: int
+    message: str | None
+
+
+@dataclass
+class Store:
+    """torch's store of keys and values, at a port that is open before the store is there."""
+
+    listener: socket.socket = field(default_factory=lambda: socket.create_server((HOST, 0)))
+    store: Any = None
+    problem: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self._open, name="store")
+
+    def _open(self) -> None:
+        try:
+            from torch._C._distributed_c10d import TCPStore
+
+            self.store = TCPStore(
+                HOST,
+                self.port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=self.listener.detach(),
+            )
+        except BaseException as error:
+            self.problem = error
+
+
+@dataclass
+class Rank:
+    """A process that is a rank, and the file in which it leaves what is to be shown if it fails."""
+
+    number: int
+    note: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """End it, if it still runs, with all that it has started."""
+        if not self.has_ended:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def failure(self) -> tuple[bool, Failure] | None:
+        """How it failed, if it did, and whether by itself, for what it knows."""
+        code = self.process.returncode
+        if not code:
+            return None
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            extra = json.loads(self.note.read_text())["message"]["extraInfo"]
+            return bool(extra[IS_CAUSE]), Failure(self.number, code, str(extra["py_callstack"]))
+        return True, Failure(self.number, code, None)
+
+
+def start_ranks(command: list[str], ranks: int, output: Path | None = None) -> Failure | None:
+    """Run ``command`` as so many ``ranks``; return how they failed, if they did.
+
+    What they print goes to files under ``output``, if that is given, and to the screen if not.
+    Raises ``Asked``.
+    """
+    store = Store()
+    started: list[Rank] = []
+    with TemporaryDirectory(prefix="ddptrain-") as notes, _heard() as heard:
+        try:
+            for number in range(ranks):
+                started.append(_start(command, number, ranks, store.port, Path(notes), output))
+            store.thread.start()
+            noticed, asked = _wait(started, heard, store)
+        finally:
+            for rank in started:
+                rank.kill()
+            if store.thread.ident is not None:
+                store.thread.join()
+        if asked is not None:
+            raise Asked(asked)
+        failures = [failure for rank in noticed if (failure := rank.failure()) is not None]
+        # One that says it had to leave because of others comes after all that do not.
+        return min(failures, key=lambda each: not each[0])[1] if failures else None
+
+
+def _start(
+    command: list[str], number: int, ranks: int, port: int, notes: Path, output: Path | None
+) -> Rank:
+    note = notes / "attempt_0" / str(number) / "error.json"
+    note.parent.mkdir(parents=True)
+    variables = {**os.environ, **_variables(number, ranks, port, note)}
+    with ExitStack() as files:
+        streams: dict[str, Any] = {}
+        if output is not None:
+            folder = output / str(number)
+            folder.mkdir(parents=True)
+            for name in ("stdout", "stderr"):
+                streams[name] = files.enter_context((folder / f"{name}.log").open("wb"))
+        # A session of its own: Ctrl-C is not for its workers, and it hears of it from here.
+        process = subprocess.Popen(command, env=variables, start_new_session=True, **streams)
+    return Rank(number, note, process)
+
+
+def _variables(rank: int, ranks: int, port: int, note: Path) -> dict[str, str]:
+    """What torchrun sets."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    here = {f"{kind}RANK": str(rank) for kind in ("", "LOCAL_", "ROLE_")}
+    all_of_them = {f"{kind}WORLD_SIZE": str(ranks) for kind in ("", "LOCAL_", "ROLE_")}
+    return {
+        **here,
+        **all_of_them,
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": threads,
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_ERROR_FILE": str(note),
+    }
+
+
+@contextmanager
+def _heard() -> Iterator[deque[signal.Signals]]:
+    """The signals that come meanwhile, which end nothing by themselves."""
+    came: deque[signal.Signals] = deque()
+    before = {
+        number: signal.signal(number, lambda n, _: came.append(signal.Signals(n)))
+        for number in SIGNALS
+    }
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(
+    ranks: list[Rank], heard: deque[signal.Signals], store: Store
+) -> tuple[list[Rank], signal.Signals | None]:
+    """Wait for all to end; return them as they were noticed to end or fail, and the first signal.
+
+    A signal is handed on. Once a rank has failed, the others are told to leave.
+    """
+    noticed: list[Rank] = []
+    asked: signal.Signals | None = None
+    until: float | None = None
+    while not all(rank.has_ended for rank in ranks):
+        time.sleep(POLL_SECONDS)
+        noticed += [r for r in ranks if r not in noticed and (r.has_ended or r.note.exists())]
+        told = [heard.popleft() for _ in range(len(heard))]
+        asked = asked or (told[0] if told else None)
+        if store.problem is not None:
+            raise store.problem
+        if until is None and any(rank.process.returncode for rank in ranks):
+            told.append(signal.SIGTERM)
+        for number in told:
+            until = until or time.monotonic() + GRACE_SECONDS
+            for rank in ranks:
+                if not rank.has_ended:
+                    rank.process.send_signal(number)
+        if until is not None and time.monotonic() > until:
+            for rank in ranks:
+                rank.kill()
+    return noticed + [rank for rank in ranks if rank not in noticed], asked
