@@ -84,6 +84,23 @@ def test_the_next_start_writes_what_the_last_one_could_not(disk: Path, tmp_path:
     assert steps(disk / "lines") == list(range(1, 22))
 
 
+def test_lines_of_starts_that_never_reached_the_disk_wait_for_one_that_does(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(JsonLines(folder / "lines", 0, tmp_path / "spill"), 1, 3, fails=False)
+    with out_of_reach(folder):
+        for resumed_at in (3, 5, 4, 6, 7):
+            lines = JsonLines(folder / "lines", resumed_at, tmp_path / "spill")
+            for step in (resumed_at + 1, resumed_at + 2):
+                with pytest.raises(OSError, match="lines"):
+                    lines.write({"step": step})
+    JsonLines(folder / "lines", 9, tmp_path / "spill").close()
+    assert steps(folder / "lines") == list(range(1, 10))
+    assert not (tmp_path / "spill").read_bytes()
+
+
 def recorded(folder: Path, resumed_at: int) -> JsonLines:
     record = {"step": resumed_at, "hash": "a"}
     return JsonLines(folder / "lines", resumed_at, folder.with_name("spill"), HEADER, record)
@@ -122,10 +139,18 @@ def test_a_start_counts_although_it_could_not_be_written(tmp_path: Path) -> None
         return history
 
     start(0)
-    with out_of_reach(run.path), pytest.raises(OSError, match="attempts"):
-        start(4)  # and it is killed
-    last = start(8)
-    assert last.totals() == {"restarts": 2, "lost_steps": 9}
-    assert [line["step"] for line in read_json_lines(run.attempts)] == [0, 4, 8]
+    with out_of_reach(run.path):
+        for step in (4, 6):
+            with pytest.raises(OSError, match="attempts"):
+                start(step)  # and it is killed
+        last = History(run)
+        last.ranks_before()
+        with pytest.raises(OSError, match="attempts"):
+            last.begin(8, world_size=2, known=11)
+    last.write()
+    for history in (last, start(12)):
+        assert history.totals()["restarts"] == len(history.starts) - 1
+        assert history.totals()["lost_steps"] == 3 * len(history.starts)
+    assert [line["step"] for line in read_json_lines(run.attempts)] == [0, 4, 6, 8, 12]
     for memory in run.memories():
         shutil.rmtree(memory, ignore_errors=True)

@@ -51,7 +51,9 @@ class JsonLines:
         self.descriptor: int | None = None
         self.size = 0
         self.waiting = b""
-        self.is_spilled = spill is not None and spill.exists()
+        lines = read_json_lines(spill) if spill is not None else []
+        self.spilled = [line for line in lines if line.get("step", 0) <= resumed_at]
+        self.is_spilled = bool(self.spilled)
         with suppress(OSError):  # told with the first line
             self._open()
 
@@ -63,14 +65,13 @@ class JsonLines:
             self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self.size = len(there)
             self.waiting = before + self.waiting
+            self.spilled = []
         return self.descriptor
 
     def _owed(self, there: bytes, last: int | None) -> list[dict[str, Any]]:
         """What belongs between the lines that are ``there``, and those of this start."""
-        spilled = read_json_lines(self.spill) if self.spill is not None else []
         written = set(there.splitlines(keepends=True))
-        owed = [line for line in spilled if line.get("step", 0) <= self.resumed_at]
-        owed = [line for line in owed if _encoded(line) not in written]
+        owed = [line for line in self.spilled if _encoded(line) not in written]
         begins = owed and self.header is not None and owed[0].keys() == self.header.keys()
         if self.header is not None and not there and not begins:
             return [self.header]  # which is of this step: what there may be before it goes
@@ -106,10 +107,11 @@ class JsonLines:
     def _keep(self) -> None:
         """Have ``spill`` hold what waits, if anything does."""
         if self.spill is not None:
-            self.is_spilled = bool(self.waiting)
+            kept = b"".join(map(_encoded, self.spilled)) + self.waiting
+            self.is_spilled = bool(kept)
             with suppress(OSError):
                 self.spill.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self.spill.write_bytes(self.waiting)
+                self.spill.write_bytes(kept)
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
