@@ -1,5 +1,6 @@
-"""`python -m ddptrain` and `torchrun -m ddptrain`: overrides alone train as one rank."""
+"""`ddptrain`, `python -m ddptrain` and `torchrun -m ddptrain`: a process that is a command."""
 
+import atexit
 import os
 import signal
 import sys
@@ -10,6 +11,29 @@ if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
     end_with_parent(signal.SIGKILL)  # until it can heed a gentler signal: imports take a second
 
 from ddptrain.cli import main
+from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
+from ddptrain.resilience.failure import leave_now
+
+
+def run_command() -> int:
+    """Run the command of this process; return its exit code, or raise ``SystemExit``.
+
+    The process ends once all is done that was registered for its end, but without Python's taking
+    down of every module: that takes torch most of a second, and what was completed must not fail
+    because a thread of C++ does not survive it.
+    """
+    code: int | str | None = EXIT_FAILED
+    atexit.register(lambda: leave_now(code if isinstance(code, int) else EXIT_FAILED))
+    try:
+        code = main()
+    except SystemExit as asked:  # of argparse
+        code = asked.code or EXIT_COMPLETED
+        raise
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        raise
+    return code
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command())

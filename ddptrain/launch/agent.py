@@ -61,7 +61,7 @@ class Store:
 
     def __post_init__(self) -> None:
         self.port = self.listener.getsockname()[1]
-        self.thread = threading.Thread(target=self._open, name="store")
+        self.thread = threading.Thread(target=self._open, name="store", daemon=True)
 
     def _open(self) -> None:
         try:
@@ -125,8 +125,6 @@ def start_ranks(command: list[str], ranks: int, output: Path | None = None) -> F
         finally:
             for rank in started:
                 rank.kill()
-            if store.thread.ident is not None:
-                store.thread.join()
         if asked is not None:
             raise Asked(asked)
         failures = [failure for rank in noticed if (failure := rank.failure()) is not None]
