@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,13 @@ def heard(number, _):
     sys.exit(5)
 """
 LAUNCHER = """
-import sys, pathlib
+import os, sys
 from ddptrain.launch.agent import Asked, start_ranks
 try:
     start_ranks(sys.argv[1:], 2)
 except Asked as asked:
-    print(asked.signal.name)
+    print(asked.signal.name, flush=True)
+    os._exit(0)
 """
 
 
@@ -47,14 +48,15 @@ def test_ranks_find_each_other(tmp_path: Path) -> None:
 import torch.distributed as dist
 dist.init_process_group("gloo")
 values = [None, None, None]
-dist.all_gather_object(values, os.environ["LOCAL_RANK"] + os.environ["LOCAL_WORLD_SIZE"])
-print(values)
+here = os.environ["LOCAL_RANK"] + os.environ["LOCAL_WORLD_SIZE"]
+dist.all_gather_object(values, (here, os.environ["TORCHELASTIC_RUN_ID"]))
+print([here for here, _ in values], len({run for _, run in values}))
 dist.destroy_process_group()
 """
     assert start_ranks(script(tmp_path, text), 3, tmp_path / "output") is None
     for rank in range(3):
         output = (tmp_path / "output" / str(rank) / "stdout.log").read_text()
-        assert output == "['03', '13', '23']\n"
+        assert output == "['03', '13', '23'] 1\n"
 
 
 def test_the_first_to_fail_is_told_and_the_others_leave(tmp_path: Path) -> None:
@@ -85,13 +87,30 @@ sys.exit(1)
     assert start_ranks(script(tmp_path, text), 2) == Failure(1, 1, "a division by zero")
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_others_are_told_as_soon_as_one_has_ended(tmp_path: Path, culprit: int) -> None:
+    """Whichever it is, and although it had left word before."""
+    text = f"""
+signal.signal(signal.SIGTERM, heard)
+if rank == {culprit}:
+    until("{1 - culprit}-there")
+    tell_agent("a division by zero")
+    time.sleep(0.2)
+    sys.exit(1)
+say("there")
+signal.pause()
+"""
+    assert start_ranks(script(tmp_path, text), 2) == Failure(culprit, 1, "a division by zero")
+    assert (tmp_path / f"{1 - culprit}-SIGTERM").exists()
+
+
 def test_who_does_not_leave_is_killed_and_what_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent, "GRACE_SECONDS", 0.2)
     text = """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen(["sleep", "1000"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (folder / f"{rank}-child").write_text(str(child.pid))
 if rank == 0:
     signal.pause()
@@ -99,14 +118,21 @@ until("0-child")
 sys.exit(2)
 """
     assert start_ranks(script(tmp_path, text), 2) == Failure(1, 2, None)
-    child = int((tmp_path / "0-child").read_text())
-    assert not is_running(child)
-    os.kill(int((tmp_path / "1-child").read_text()), signal.SIGKILL)  # whose rank left it behind
+    for rank in (0, 1):
+        assert is_over(int((tmp_path / f"{rank}-child").read_text()))
 
 
-def is_running(process: int) -> bool:
+def is_over(process: int) -> bool:
+    """Wait until a process has ended."""
+    until = time.monotonic() + LIMIT_SECONDS
     stat = Path(f"/proc/{process}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    while time.monotonic() < until:
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -24,12 +24,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ddptrain.errors import TrainingError
 from ddptrain.resilience.failure import IS_CAUSE
 from ddptrain.resilience.preemption import SIGNALS
 
 GRACE_SECONDS = 30.0
 """So long ranks may take to leave once they were told to, as under torch's agent."""
 POLL_SECONDS = 0.03
+UNKILLABLE_SECONDS = 10.0
 HOST = "127.0.0.1"
 DDPTRAIN = (sys.executable, "-m", "ddptrain")
 
@@ -90,12 +92,17 @@ class Rank:
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
-    def kill(self) -> None:
-        """End it, if it still runs, with all that it has started."""
-        if not self.has_ended:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+    @property
+    def is_noticed(self) -> bool:
+        """Whether it has ended, or has left word that it is going to."""
+        with suppress(OSError):
+            return self.has_ended or self.note.exists()
+        return False
+
+    def tell_group(self, number: signal.Signals) -> None:
+        """Send a signal to the rank and to all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def failure(self) -> tuple[bool, Failure] | None:
         """How it failed, if it did, and whether by itself, for what it knows."""
@@ -104,7 +111,8 @@ class Rank:
             return None
         with suppress(OSError, ValueError, KeyError, TypeError):
             extra = json.loads(self.note.read_text())["message"]["extraInfo"]
-            return bool(extra[IS_CAUSE]), Failure(self.number, code, str(extra["py_callstack"]))
+            message = str(extra["py_callstack"])
+            return bool(extra.get(IS_CAUSE, True)), Failure(self.number, code, message)
         return True, Failure(self.number, code, None)
 
 
@@ -112,19 +120,27 @@ def start_ranks(command: list[str], ranks: int, output: Path | None = None) -> F
     """Run ``command`` as so many ``ranks``; return how they failed, if they did.
 
     What they print goes to files under ``output``, if that is given, and to the screen if not.
-    Raises ``Asked``.
+    Raises ``Asked``, and ``TrainingError`` if a rank cannot be ended. Ranks may be over before
+    torch has been imported: a process that ends then should do so as ``run_command`` does.
     """
     store = Store()
+    identity = uuid.uuid4().hex
     started: list[Rank] = []
-    with TemporaryDirectory(prefix="ddptrain-") as notes, _heard() as heard:
-        try:
-            for number in range(ranks):
-                started.append(_start(command, number, ranks, store.port, Path(notes), output))
-            store.thread.start()
-            noticed, asked = _wait(started, heard, store)
-        finally:
-            for rank in started:
-                rank.kill()
+    with TemporaryDirectory(prefix="ddptrain-", ignore_cleanup_errors=True) as notes:
+        with _heard() as heard:
+            try:
+                for number in range(ranks):
+                    variables = _variables(number, ranks, store.port, identity)
+                    started.append(_start(command, number, variables, Path(notes), output))
+                store.thread.start()
+                noticed, asked = _wait(started, heard, store)
+            finally:
+                for rank in started:
+                    if not rank.has_ended:
+                        rank.tell_group(signal.SIGKILL)
+                        with suppress(subprocess.TimeoutExpired):
+                            rank.process.wait(UNKILLABLE_SECONDS)
+            asked = asked or next(iter(heard), None)
         if asked is not None:
             raise Asked(asked)
         failures = [failure for rank in noticed if (failure := rank.failure()) is not None]
@@ -133,11 +149,11 @@ def start_ranks(command: list[str], ranks: int, output: Path | None = None) -> F
 
 
 def _start(
-    command: list[str], number: int, ranks: int, port: int, notes: Path, output: Path | None
+    command: list[str], number: int, variables: dict[str, str], notes: Path, output: Path | None
 ) -> Rank:
     note = notes / "attempt_0" / str(number) / "error.json"
     note.parent.mkdir(parents=True)
-    variables = {**os.environ, **_variables(number, ranks, port, note)}
+    variables = {**os.environ, **variables, "TORCHELASTIC_ERROR_FILE": str(note)}
     with ExitStack() as files:
         streams: dict[str, Any] = {}
         if output is not None:
@@ -150,7 +166,7 @@ def _start(
     return Rank(number, note, process)
 
 
-def _variables(rank: int, ranks: int, port: int, note: Path) -> dict[str, str]:
+def _variables(rank: int, ranks: int, port: int, identity: str) -> dict[str, str]:
     """What torchrun sets."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     here = {f"{kind}RANK": str(rank) for kind in ("", "LOCAL_", "ROLE_")}
@@ -167,9 +183,8 @@ def _variables(rank: int, ranks: int, port: int, note: Path) -> dict[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
-        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "TORCHELASTIC_RUN_ID": identity,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_ERROR_FILE": str(note),
     }
 
 
@@ -177,10 +192,12 @@ def _variables(rank: int, ranks: int, port: int, note: Path) -> dict[str, str]:
 def _heard() -> Iterator[deque[signal.Signals]]:
     """The signals that come meanwhile, which end nothing by themselves."""
     came: deque[signal.Signals] = deque()
-    before = {
-        number: signal.signal(number, lambda n, _: came.append(signal.Signals(n)))
-        for number in SIGNALS
+    before: dict[signal.Signals, Any] = {
+        # Of a parent that ignores its children it is inherited to be told nothing of one's own.
+        signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     }
+    for number in SIGNALS:
+        before[number] = signal.signal(number, lambda n, _: came.append(signal.Signals(n)))
     try:
         yield came
     finally:
@@ -198,21 +215,37 @@ def _wait(
     noticed: list[Rank] = []
     asked: signal.Signals | None = None
     until: float | None = None
-    while not all(rank.has_ended for rank in ranks):
+    left = list(ranks)
+    while left:
         time.sleep(POLL_SECONDS)
-        noticed += [r for r in ranks if r not in noticed and (r.has_ended or r.note.exists())]
+        ended = [rank for rank in left if rank.has_ended]
+        noticed += [rank for rank in ranks if rank not in noticed and rank.is_noticed]
+        left = [rank for rank in left if rank not in ended]
         told = [heard.popleft() for _ in range(len(heard))]
         asked = asked or (told[0] if told else None)
         if store.problem is not None:
             raise store.problem
-        if until is None and any(rank.process.returncode for rank in ranks):
+        if until is None and any(rank.process.returncode for rank in ended):
             told.append(signal.SIGTERM)
+        if told and until is None:
+            until = time.monotonic() + GRACE_SECONDS
         for number in told:
-            until = until or time.monotonic() + GRACE_SECONDS
-            for rank in ranks:
-                if not rank.has_ended:
-                    rank.process.send_signal(number)
-        if until is not None and time.monotonic() > until:
-            for rank in ranks:
-                rank.kill()
-    return noticed + [rank for rank in ranks if rank not in noticed], asked
+            for rank in left:
+                rank.process.send_signal(number)
+        if until is not None:
+            for rank in ended:  # for what it has left behind
+                rank.tell_group(signal.SIGTERM)
+            _insist(left, time.monotonic() - until)
+    return noticed, asked
+
+
+def _insist(left: list[Rank], seconds: float) -> None:
+    """End who is ``seconds`` late to leave. Raises ``TrainingError`` if that cannot be done."""
+    for rank in left if seconds > 0 else ():
+        rank.tell_group(signal.SIGKILL)
+        if seconds > UNKILLABLE_SECONDS:
+            raise TrainingError(
+                f"rank {rank.number} (process {rank.process.pid}) does not end, not even by "
+                "SIGKILL: the kernel waits for its disk or its GPU; start the run again when it is "
+                "gone, or on another machine"
+            )

@@ -110,6 +110,13 @@ def print_failure(failure: Failure, otherwise: str) -> int:
     if failure.message is not None:
         print(failure.message, file=sys.stderr)
     else:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited {code}"
+        how = f"exited {code}" if code > 0 else f"was killed by {_name(-code)}"
         print(f"rank {failure.rank}: {how}, without a word; {otherwise}", file=sys.stderr)
     return code if code in (EXIT_REFUSED, EXIT_STOPPED) else EXIT_FAILED
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python has no name for it
+        return f"signal {number}"

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ddptrain.errors import Refused
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -124,6 +126,7 @@ class JsonLines:
         finally:
             if self.descriptor is not None:
                 os.close(self.descriptor)
+                self.descriptor = None
 
 
 def _encoded(line: dict[str, Any]) -> bytes:
@@ -176,9 +179,12 @@ class TensorBoard:
         self.opened: SummaryWriter | None = None
 
     def _writer(self) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
         if self.opened is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except Exception as error:  # whatever else is installed may not go with it
+                why = f"log.tensorboard=true, but it cannot be imported: {error!r}"
+                raise Refused(f"{why}; mend that, or set it to false") from error
             self.opened = SummaryWriter(str(self.folder), purge_step=self.purge)
             self.purge = None
             if self.config_text is not None:

@@ -190,7 +190,7 @@ class Observer:
     def close(self) -> None:
         """Close every logger; one that cannot be closed is noted, and hides no other error."""
         with self._surviving(self.history):
-            self.history.write()
+            self.history.close()
         for each in self.loggers:
             try:
                 each.close()
@@ -244,6 +244,11 @@ class History:
         """Write what could not be written yet. Raises ``OSError`` if it still cannot."""
         if self.file is not None and self.file.waiting:
             self.file.flush()
+
+    def close(self) -> None:
+        """Write what could not be written yet, for the last time unless there is another start."""
+        if self.file is not None:
+            self.file.close()
 
     def totals(self) -> dict[str, int]:
         """How often the run was started again, and how many steps that cost."""

@@ -12,8 +12,8 @@ import yaml
 
 from ddptrain.compose import to_plain
 from ddptrain.config import Config, Device
-from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
-from ddptrain.launch.agent import DDPTRAIN, start_ranks
+from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, TrainingError
+from ddptrain.launch.agent import DDPTRAIN, Asked, start_ranks
 from ddptrain.launch.local import print_failure
 from ddptrain.run_directory import RunDirectory
 from ddptrain.verify.rank import ORDER, REPORT
@@ -36,9 +36,13 @@ def verify(config: Config, world_sizes: list[int], steps: int) -> int:
     with TemporaryDirectory(prefix="ddptrain-verify-") as name:
         folder = Path(name)
         (folder / ORDER).write_text(yaml.safe_dump({**order, "config": to_plain(config)}))
-        failure = start_ranks([*DDPTRAIN, "verify-rank", name], ranks, folder / "output")
-        for memory in RunDirectory(folder / "run").memories():
-            rmtree(memory, ignore_errors=True)
+        try:
+            failure = start_ranks([*DDPTRAIN, "verify-rank", name], ranks, folder / "output")
+        except Asked as asked:
+            raise TrainingError(f"{asked}: not verified to the end") from None
+        finally:
+            for memory in RunDirectory(folder / "run").memories():
+                rmtree(memory, ignore_errors=True)
         file = folder / REPORT
         if failure is not None and not file.exists():
             return print_failure(failure, _last_words(folder))
