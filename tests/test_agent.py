@@ -76,7 +76,9 @@ def test_who_knows_why_comes_before_who_had_to_leave(tmp_path: Path) -> None:
     """Although it takes longer to end."""
     text = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+say("there")
 if rank == 0:
+    until("1-there")
     tell_agent("rank 1 has gone", is_cause=False)
     say("told")
     sys.exit(75)
