@@ -3,7 +3,8 @@
 A stopped process cannot watch over itself, and neither can the others if all are stopped, or are
 on other machines. torch's agent waits for it forever. So each rank that an agent has started has
 a small process beside it, which imports nothing. It looks at the agent's other ranks as well,
-which may have been stopped before they had one, and ends with its rank if none of those is.
+which may have been stopped before they had one, and when its own rank has gone at those that the
+agent starts in its place, until they have had time to start a process of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import time
 POLL_SECONDS = 0.5
 KEPT = ("LD_LIBRARY_PATH",)
 """Of the environment, what Python itself may need."""
+START_SECONDS = 30.0
+"""In which a rank that is started again will have such a process of its own."""
 AFTER_WATCHDOG_SECONDS = 3.0
 """The other ranks' watchdogs come first: they say why."""
 
@@ -45,12 +48,16 @@ def watch(rank: int, agent: int, seconds: float) -> None:
     """Kill ``rank``, our parent, or another child of its ``agent`` that was stopped for so long."""
     since: dict[int, float] = {}
     born = _born(agent)
+    until = time.monotonic() + START_SECONDS
     while True:
         now = time.monotonic()
         is_there = os.getppid() == rank
-        others = _children(agent) if _born(agent) == born else []
-        stopped = [pid for pid in {*others, *([rank] if is_there else [])} if _is_stopped(pid)]
-        if not is_there and not stopped:
+        has_agent = _born(agent) == born
+        watched = {*(_children(agent) if has_agent else []), *([rank] if is_there else [])}
+        stopped = [pid for pid in watched if _is_stopped(pid)]
+        if is_there or stopped:
+            until = now + START_SECONDS
+        elif not has_agent or now > until:
             return
         since = {pid: since.get(pid, now) for pid in stopped}
         for pid, when in since.items():
