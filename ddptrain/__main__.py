@@ -15,8 +15,8 @@ from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
 from ddptrain.resilience.failure import leave_now
 
 
-def run_command() -> int:
-    """Run the command of this process; return its exit code, or raise ``SystemExit``.
+def run_command() -> int | str | None:
+    """Run the command of this process; return what it is to exit with.
 
     The process ends once all is done that was registered for its end, but without Python's taking
     down of every module: that takes torch most of a second, and what was completed must not fail
@@ -25,14 +25,15 @@ def run_command() -> int:
     code: int | str | None = EXIT_FAILED
     atexit.register(lambda: leave_now(code if isinstance(code, int) else EXIT_FAILED))
     try:
-        code = main()
+        result: int | str | None = main()
     except SystemExit as asked:  # of argparse
-        code = asked.code or EXIT_COMPLETED
-        raise
+        result = asked.code or EXIT_COMPLETED
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
         raise
-    return code
+    sys.stdout.flush()
+    code = result
+    return result
 
 
 if __name__ == "__main__":

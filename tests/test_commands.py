@@ -197,3 +197,27 @@ def test_config_prints_what_a_run_would_store(trained: Path, project: Path) -> N
     assert stored == printed
     assert provenance["overrides"][0] == "experiment=ragged"
     assert set(provenance["versions"]) >= {"python", "torch", "ddptrain"}
+
+
+@pytest.mark.parametrize(("given", "code"), [("--version", 0), ("--unknown", 2), ("trian", 2)])
+def test_a_process_does_what_is_due_at_its_end(given: str, code: int) -> None:
+    script = (
+        "import atexit, sys, ddptrain.__main__ as entry; main = entry.main; "
+        "entry.main = lambda: (atexit.register(print, 'registered meanwhile'), main())[1]; "
+        f"sys.argv = ['ddptrain', {given!r}]; sys.exit(entry.run_command())"
+    )
+    finished = run([sys.executable, "-c", script])
+    assert finished.returncode == code, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "registered meanwhile"
+
+
+def test_output_that_is_not_written_is_no_success() -> None:
+    script = (
+        "import sys, ddptrain.__main__ as entry; entry.main = lambda: print('a line') or 0; "
+        "sys.exit(entry.run_command())"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+    assert shown.returncode == 1
+    assert b"No space left" in shown.stderr

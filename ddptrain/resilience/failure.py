@@ -60,8 +60,9 @@ def leave_now(code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
