@@ -126,7 +126,7 @@ PACKAGES = [
     *("torch.nn.functional.importlib.import_module", "torch.utils.data.dataloader.os.system"),
     *("torch.nn.Linear.__init__.__globals__.get", "torch.nn.Module.__class__"),
     *("torch.optim.optimizer.functools.partial", "torch.nn.parallel.distributed.dist.new_group"),
-    *("ddptrain.files.replace_text", "ddptrain.cli.main", "ddptrain.launch.local.start_ranks"),
+    *("ddptrain.files.replace_text", "ddptrain.cli.main", "ddptrain.launch.agent.start_ranks"),
     *("ddptrain.data.sets.os.walk", "ddptrain.optim.build.build_optimizer", "ddptrain.Trainer"),
 ]
 OWN = [
