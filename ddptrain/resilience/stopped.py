@@ -52,7 +52,7 @@ def watch(rank: int, agent: int, seconds: float) -> None:
     while True:
         now = time.monotonic()
         is_there = os.getppid() == rank
-        has_agent = _born(agent) == born
+        has_agent = bool(born) and _born(agent) == born
         watched = {*(_children(agent) if has_agent else []), *([rank] if is_there else [])}
         stopped = [pid for pid in watched if _is_stopped(pid)]
         if is_there or stopped:
@@ -81,7 +81,9 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _born(pid: int) -> list[str]:
-    return _stat(pid)[19:20]
+    """What tells a process from a later one of that number; nothing of one that is over."""
+    stat = _stat(pid)
+    return [] if stat[:1] == ["Z"] else stat[19:20]
 
 
 def _stat(pid: int) -> list[str]:

@@ -82,11 +82,14 @@ class Event:
     """Seconds until the run was further than it had been."""
     lost: int = 0
     """Finished steps that were done again on its account."""
+    lasts: float = 0.0
+    """Seconds until what is broken works again, whatever the run does meanwhile."""
 
     @property
     def over(self) -> float:
         """When it was made good."""
-        return self.at + (self.regained if self.regained is not None else float("inf"))
+        regained = self.regained if self.regained is not None else float("inf")
+        return self.at + max(regained, self.lasts)
 
 
 @dataclass

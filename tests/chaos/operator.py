@@ -163,14 +163,18 @@ class Operator:
         at, frontier = time.monotonic(), self.trace.frontier
         began = self.starts[-1].began
         begun = sum(len(a.begun) for a in self.trace.attempts if a.started > began)
-        if not fault.inject(self):
+        excused, self.excused_until = self.excused_until, 0.0
+        is_done = fault.inject(self)
+        lasts = max(0.0, self.excused_until - at)
+        self.excused_until = max(excused, self.excused_until)
+        if not is_done:
             return
         self.faults.popleft()
         self.passed_at = None
         self.last_news = time.monotonic()
         number = self.starts[-1].number
         told = fault.name, fault.stops, moment, number, at, frontier, begun, fault.spares
-        self.events.append(Event(*told))
+        self.events.append(Event(*told, lasts=lasts))
 
     def says_so(self) -> bool:
         """Whether the run itself says that it stopped, or was over when the signal came.
