@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
     "cli": PLAIN | {"remembered", "observe", "resilience", "launch", "verify"},
-    "__main__": {"cli", "parent"},
+    "__main__": {"cli", "errors", "parent", "resilience"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip
 """What each module or package may import of ddptrain, besides itself."""
