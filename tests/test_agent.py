@@ -13,9 +13,11 @@ from launching import LIMIT_SECONDS
 
 from ddptrain.launch import agent
 from ddptrain.launch.agent import Failure, start_ranks
+from ddptrain.processes import is_gone
 
 BEGINNING = """
 import json, os, pathlib, signal, subprocess, sys, time
+from ddptrain.processes import born
 from ddptrain.resilience.failure import tell_agent
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
 def say(name): (folder / f"{rank}-{name}").touch()
@@ -113,7 +115,8 @@ def test_who_does_not_leave_is_killed_and_what_it_started(
     text = """
 child = subprocess.Popen(["sleep", "1000"])
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-(folder / f"{rank}-child").write_text(str(child.pid))
+(folder / f"{rank}-born").write_text(f"{child.pid} {born(child.pid)}")
+(folder / f"{rank}-child").touch()
 if rank == 0:
     signal.pause()
 until("0-child")
@@ -121,20 +124,10 @@ sys.exit(2)
 """
     assert start_ranks(script(tmp_path, text), 2) == Failure(1, 2, None)
     for rank in (0, 1):
-        assert is_over(int((tmp_path / f"{rank}-child").read_text()))
-
-
-def is_over(process: int) -> bool:
-    """Wait until a process has ended."""
-    until = time.monotonic() + LIMIT_SECONDS
-    stat = Path(f"/proc/{process}/stat")
-    while time.monotonic() < until:
-        try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-    return False
+        process, when = (tmp_path / f"{rank}-born").read_text().split()
+        until = time.monotonic() + LIMIT_SECONDS
+        while not is_gone(int(process), when):
+            assert time.monotonic() < until
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

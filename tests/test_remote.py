@@ -137,15 +137,7 @@ def test_what_a_start_may_do_is_held_against_a_store_elsewhere_too(tmp_path: Pat
     new = run([*launched, f"run.dir={tmp_path / 'second'}", "run.resume=never"])
     assert new.returncode == 0, new.stderr
     assert "starting the ranks again" in new.stderr
-    under_torchrun = [
-        *TORCHRUN,
-        "1",
-        "--max-restarts=1",
-        "-m",
-        "ddptrain",
-        *few,
-        "train.max_steps=4",
-    ]
+    under_torchrun = [*TORCHRUN, "1", "--max-restarts=1", "-m", "ddptrain", *few]
     there = run([*under_torchrun, f"run.dir={tmp_path / 'third'}", "run.resume=never"])
     assert there.returncode == 1, there.stderr  # of torchrun, which asks twice
     assert there.stderr.count("holds a checkpoint; name another checkpoint.dir") >= 2
