@@ -23,6 +23,9 @@ def run_command() -> int | str | None:
     because a thread of C++ does not survive it.
     """
     code: int | str | None = EXIT_FAILED
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     atexit.register(lambda: leave_now(code if isinstance(code, int) else EXIT_FAILED))
     try:
         result: int | str | None = main()

@@ -14,6 +14,12 @@ PATIENCE = 0.5
 PAUSE = 0.01
 
 
+def make_ready(device: torch.device) -> None:
+    """Have a stream to read through: the first that a process makes waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def beside(device: torch.device, gate: threading.Lock, until: float) -> Iterator[bool | None]:
     """Do what the block does while nothing more is asked of ``device``, in any thread.

@@ -22,6 +22,7 @@ from ddptrain.checkpoint.media import Disk, Medium, Remote
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.store import Store
+from ddptrain.claim import Claim
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Direction, Precision, Remedy, TrainConfig
 from ddptrain.config import Reduction as ReductionChoice
@@ -29,11 +30,11 @@ from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
-from ddptrain.files import Claim
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
 from ddptrain.loop import Trainer
+from ddptrain.observe.faults import noted_faults
 from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
 from ddptrain.optim.build import build_optimizer
@@ -231,12 +232,21 @@ def build_checkpoints(
 ) -> Checkpoints:
     """Build the store of a run's checkpoints and the rule by which they are kept."""
     keep = config.checkpoint
-    retention = Retention(keep.keep_last, keep.keep_best, keep.mode is Direction.max)
+    is_larger_better = keep.mode is Direction.max
+    retention = Retention(
+        keep.keep_last,
+        keep.keep_best,
+        is_larger_better,
+        keep.keep_faults,
+        lambda: [line["step"] for line in noted_faults(run)],
+    )
     facts = {"config": to_plain(config), "versions": versions()}
     medium: Medium = Disk(run.checkpoints)
     if keep.dir is not None:
-        medium = Remote(keep.dir) if "://" in keep.dir else Disk(Path(keep.dir))
-    store = Store(medium, None if claim is None else claim.check)
+        path = keep.dir.removeprefix("file://")
+        medium = Remote(path) if "://" in path else Disk(Path(path).expanduser())
+    token = f"{run.known_identity()}:{claim.token}" if claim and keep.dir else None
+    store = Store(medium, None if claim is None else claim.check, token)
     mine = computed(config)
 
     def differences(manifest: dict[str, Any]) -> list[str]:

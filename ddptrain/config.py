@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from ddptrain.errors import Refused
 
 EXECUTION_ONLY = (
-    "run.", "launch.", "log.", "checkpoint.", "resilience.", "data.workers",
+    "run.", "launch.", "slurm.", "log.", "checkpoint.", "resilience.", "data.workers",
     "parallel.check_every_steps",
 )  # fmt: skip
 """Keys that begin so say where and how a run executes, not what it computes: they may change
@@ -110,6 +110,7 @@ class CheckpointConfig:
     memory_every_steps: int | None = MISSING
     keep_last: int = MISSING
     keep_best: int = MISSING
+    keep_faults: int = MISSING
     metric: str = MISSING
     mode: Direction = MISSING
 
@@ -141,6 +142,23 @@ class DataConfig:
 class LaunchConfig:
     nproc_per_node: str = MISSING
     max_restarts: int | None = MISSING
+    interface: str | None = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig:
+    nodes: int = MISSING
+    time: str | None = MISSING
+    partition: str | None = MISSING
+    account: str | None = MISSING
+    qos: str | None = MISSING
+    gpus_per_node: int | None = MISSING
+    cpus_per_node: int | None = MISSING
+    memory: str | None = MISSING
+    sbatch: list[str] = field(default_factory=list)
+    srun: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
+    python: str | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,6 +179,7 @@ class Config:
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 BUILT = ("model", "task", "optim", "schedule", "data.train", "data.val", "data.test")
@@ -205,12 +224,14 @@ def _check_sizes(config: Config) -> None:
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "parallel.bucket_mb": config.parallel.bucket_mb,
         "parallel.check_every_steps": config.parallel.check_every_steps,
+        "slurm.nodes": config.slurm.nodes,
     }
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise Refused(f"{key}: expected a number above 0, got {value}")
     counts: dict[str, int | None] = {
         "checkpoint.keep_best": config.checkpoint.keep_best,
+        "checkpoint.keep_faults": config.checkpoint.keep_faults,
         "data.workers": config.data.workers,
         "launch.max_restarts": config.launch.max_restarts,
     }

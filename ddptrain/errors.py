@@ -34,6 +34,14 @@ class DataError(TrainingError):
     """A data set failed at a sample; the message names the data set and the index."""
 
 
+class DataAway(DataError):
+    """A data set could not reach a disk or a network at a sample; it may be back."""
+
+
+class LostWorker(DataError):
+    """A loading worker was killed, or killed itself, over no sample in particular."""
+
+
 class NonFiniteError(TrainingError):
     """Loss or gradient became NaN or infinite; the message names step, rank and samples."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,32 +43,32 @@ class Evaluation:
         self.fetcher = fetcher
         self.ranks = ranks
         self.autocast = autocast
-        self.loading: Thread | None = None
         self.batches = fetcher.fetch(self._micro_batches())
 
     def _micro_batches(self) -> list[MicroBatch]:
         plan = self.fetcher.source.plan
         return plan.micro_batches(0, self.ranks.rank, self.ranks.world_size)
 
-    def prepare(self) -> None:
-        """Begin to import what the metrics need (torchmetrics takes seconds) beside training.
+    @staticmethod
+    def load() -> None:
+        """Import what metrics need, which takes seconds: once, and not in a thread beside training.
 
-        Only that: a metric's own code might draw random numbers that the model should draw.
+        What comes along with it may draw from, or seed, the generators that samples draw from.
         """
-        if self.loading is None:
-            self.loading = Thread(target=import_module, args=["torchmetrics"], daemon=True)
-            self.loading.start()
+        if "torchmetrics" not in sys.modules:
+            before = pulse.now.phase
+            pulse.enter(pulse.START_UP)
+            import_module("torchmetrics")
+            pulse.enter(before)
 
-    def names(self) -> list[str] | None:
-        """The names of the metrics; None until what they need is imported."""
-        if self.loading is None or self.loading.is_alive():
-            return None
+    def names(self) -> list[str]:
+        """The names of the metrics."""
+        self.load()
         return list(self.task.metrics())
 
     def run(self) -> dict[str, float]:
         """Return the metrics by name; every rank must call it, and all get the same."""
-        if self.loading is not None:
-            self.loading.join()
+        self.load()
         metrics = {name: m.to(self.ranks.device) for name, m in self.task.metrics().items()}
         for metric in metrics.values():
             # The states are merged here, once: torchmetrics must not add up the ranks again.

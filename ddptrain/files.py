@@ -2,140 +2,44 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import socket
+import random
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
-from uuid import uuid4
+from typing import Any
 
-from ddptrain.errors import Refused, Superseded
-
-LOCK_SECONDS = 1.0
-"""So long a process that was just killed may take to be gone, after a start has read its config."""
-OWNER = ".owner"
-LOCK = ".lock"
+LASTING = (
+    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError
+)  # fmt: skip
+"""Errors of a file system that stay until somebody does something."""
 
 logger = logging.getLogger(__name__)
 
 
-class Claim:
-    """The right of one start of a run to write to its directory.
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an error is of a disk or a network that may be back at the next try.
 
-    A POSIX record lock, which dies with its process; loading workers that outlive that do not
-    inherit it, and network file systems know it. And a token, new with each start: who was cut off
-    from the file system, lost the lock to another start and comes back, finds another token.
-    Where there are no locks the token alone has to do.
+    What a decoder raises of a file that is corrupt may be an ``OSError`` too, without a number.
     """
-
-    def __init__(self, folder: Path, token: str | None = None) -> None:
-        """With the ``token`` of a start that has the claim, this process is a part of it."""
-        self.folder = folder
-        self.token = token or uuid4().hex
-        self.file: TextIO | None = None
-
-    def take(self) -> None:
-        """Claim the directory as a new start of the run. Raises ``Refused`` as ``try_out`` does."""
-        self._wait()
-        owner = self.folder / OWNER
-        try:
-            write_over(owner, self.token)
-        except OSError as error:
-            if not owner.exists():
-                raise
-            logger.warning("%s: %s; going on, for this run was begun before", owner, error)
-            self.token = owner.read_text()
-
-    def try_out(self) -> None:
-        """Raise ``Refused``, after ``LOCK_SECONDS``, if another process has the directory."""
-        self._wait()
-        self._release()
-
-    def is_taken(self) -> bool:
-        """Whether another process has the directory; this one must not."""
-        if not (self.folder / LOCK).exists():
-            return False
-        is_taken = not self.lock()
-        self._release()
-        return is_taken
-
-    def _release(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-    def _wait(self, seconds: float = LOCK_SECONDS) -> None:
-        until = time.monotonic() + seconds
-        while not self.lock():
-            if time.monotonic() > until:
-                raise Refused(
-                    f"{self.folder} is in use by {self._holder() or 'another process'}; "
-                    "end that one, or name another run.dir"
-                )
-            time.sleep(0.05)
-
-    def lock(self) -> bool:
-        """Whether this process has the lock, or could have it now, or there are no locks here."""
-        if self.file is not None:
-            return True
-        try:
-            file = (self.folder / LOCK).open("a+")
-        except OSError:  # a disk that cannot be written to: nobody else can, either
-            return True
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            return False
-        except OSError:
-            file.close()
-            return True
-        self.file = file  # closing it would give up the claim
-        with suppress(OSError):  # who has it is for people to read
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        return True
-
-    def holds(self) -> bool:
-        """Whether this process may write now: it has the lock, and no other start has taken over.
-
-        False where the folder is not the one that was claimed, but another node's of that name.
-        """
-        try:
-            return (self.folder / OWNER).read_text() == self.token and self.lock()
-        except OSError:
-            return False
-
-    def check(self) -> None:
-        """Raise ``Superseded`` if another start of the run has the claim now."""
-        try:
-            owner = (self.folder / OWNER).read_text()
-        except OSError:  # what cannot be read cannot be written to either, and says so itself
-            return
-        if owner != self.token:
-            raise Superseded(
-                f"{self.folder}: another start of this run has taken over while this one was cut "
-                f"off ({self._holder() or 'its process is not known'}); this one writes no more"
-            )
-
-    def _holder(self) -> str:
-        try:
-            return (self.folder / LOCK).read_text().strip()
-        except OSError:
-            return ""
+    if not isinstance(error, OSError) or isinstance(error, LASTING):
+        return False
+    return error.errno is not None or isinstance(error, ConnectionError | TimeoutError)
 
 
 def replace_text(file: Path, text: str) -> None:
     """Give ``file`` a new content that is on disk before the old one is gone."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    flush(temporary)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text)
+        flush(temporary)
+        temporary.replace(file)
+    except OSError:  # on a full disk half of it is in the way
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     flush(file.parent)
 
 
@@ -170,3 +74,17 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         logger.warning("%s is damaged, and passed over: %s", file, error)
         return {}
+
+
+def make_new(parent: Path) -> Path:
+    """Make ``<UTC time>-<4 random letters>`` under ``parent``; no two callers get the same."""
+    parent.mkdir(parents=True, exist_ok=True)
+    letters = random.SystemRandom()
+    while True:
+        name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        suffix = "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=4))
+        try:
+            (path := (parent / f"{name}-{suffix}").absolute()).mkdir()
+        except FileExistsError:
+            continue
+        return path

@@ -13,7 +13,8 @@ class Trainer(Run):
 
     def train(self) -> dict[str, float]:
         """Take every step that is left; return the final metrics by name."""
-        self.restore()
+        if self.restore() == 0:
+            self.check_metric()  # before a step is taken; later, for metrics are slow to import
         while True:
             try:
                 if self.done:
@@ -42,6 +43,7 @@ class Trainer(Run):
         """Begin to fetch what this rank trains on from here."""
         place = self.ranks.rank, self.ranks.world_size
         self.batches = self.fetcher.steps(self.done, self.total_steps, *place)
+        self.timed_from = self.done
         self.clock.restart()
 
     def heed(self, wait: bool = False) -> bool:
@@ -123,8 +125,6 @@ class Trainer(Run):
         with self.clock.paused():
             fetchers = [self.fetcher, *(e.fetcher for e in self.evaluations.values())]
             data = {fetcher.source.name: fetcher.digest() for fetcher in fetchers}
-            for evaluation in self.evaluations.values():
-                evaluation.prepare()  # in a thread, whose locks workers must not be forked with
             self.ranks.agree(data, "reads other data than", "give all nodes the same files")
             if self.ranks.is_first:
                 self.observer.first_step_done(data)
@@ -140,21 +140,20 @@ class Trainer(Run):
                 self.line = line
                 self.step.module.window.clear()
             speed = {}
-            if self.done > self.logged:  # or it is the line that was due when the run was stopped
-                seconds = self.clock.end_window(self.done - self.logged)
-                taken = samples - plan.samples_before(self.logged)
+            if self.done > self.timed_from:  # or it was due when the run stopped, or went back
+                seconds = self.clock.end_window(self.done - self.timed_from)
+                taken = samples - plan.samples_before(self.timed_from)
                 speed = {"samples_per_second": taken / seconds}
             self.observer.log(self.done, "train", self.line | speed)
-            self.logged = self.done
+            self.timed_from = self.done
             self.check_metric()
 
     def check_metric(self) -> None:
         """Stop early if ``checkpoint.metric`` names none that an evaluation will give."""
-        if self.config.eval.every_steps is not None and not self.metric_is_known:
+        if self.checkpoints.retention.keep_best and not self.metric_is_known:
             names = self.evaluations["val"].names()
-            if names is not None:
-                self.checkpoints.check_metric([f"val/{name}" for name in names])
-                self.metric_is_known = True
+            self.checkpoints.check_metric([f"val/{name}" for name in names])
+            self.metric_is_known = True
 
     def validate(self) -> bool:
         """Evaluate the validation split; return whether that makes this one of the best."""

@@ -8,6 +8,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Those that ask a run to stop, and come to its whole process group: a child leaves them to it."""
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:

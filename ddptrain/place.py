@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ddptrain.errors import Refused
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process that it starts."""
+SIOCGIFADDR = 0x8915
+"""Linux's request for the address of a network interface: see netdevice(7)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Place:
         """Read torchrun's variables; one rank where there are none. Raises ``Refused``."""
         present = [name for name in ENVIRONMENT if name in os.environ]
         if not {"RANK", "WORLD_SIZE"} & set(present):
+            refuse_tasks()
             return Place()
         if missing := [name for name in ENVIRONMENT if name not in os.environ]:
             raise Refused(
@@ -42,3 +48,39 @@ class Place:
     @property
     def name(self) -> str:
         return f"rank {self.rank} ({socket.gethostname()})"
+
+
+def choose_interface(name: str | None) -> None:
+    """Have gloo and NCCL use the network interface of that name. Raises ``Refused``."""
+    if name is None:
+        return
+    there = [each for _, each in socket.if_nameindex()]
+    if name not in there:
+        raise Refused(f"launch.interface={name}: this machine has {', '.join(there)}")
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has a numeric IPv4 ``address``; None if none of this machine has.
+
+    Gloo would look for the address of the machine's name, which need not resolve.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(asked, SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def refuse_tasks() -> None:
+    """Refuse to be one of several processes of srun, each of which would be a run of its own."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        raise Refused(
+            f"srun has started {tasks} of these, and each would be a run of its own: leave srun "
+            "out, for in a batch script or under salloc `ddptrain train` starts the ranks on all "
+            "nodes; or have srun start one (--ntasks=1), for the ranks of one node"
+        )

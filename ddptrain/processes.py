@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -42,5 +43,6 @@ def kill_if_stopped(pid: int, start: str) -> bool:
     fields = _fields(pid)
     if not fields or fields[19] != start or fields[0] not in "Tt":
         return False
-    os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # others have been faster
+        os.kill(pid, signal.SIGKILL)
     return True

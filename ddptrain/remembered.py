@@ -15,22 +15,32 @@ from ddptrain.config import Config
 from ddptrain.files import replace_text
 from ddptrain.place import Place
 
+LAUNCHED = "DDPTRAIN_CONFIG"
+"""The variable that has it, where one launch starts the ranks of several nodes."""
+
 
 def compose_once(overrides: list[str], place: Place) -> Config:
     """Compose and check the config in a launch's first attempt; the others go by that.
 
-    So that a file edited meanwhile does not part the attempts, or the ranks. Raises ``Refused``.
+    So that a file edited meanwhile does not part the attempts, or the ranks. A launch of several
+    nodes has composed it for all. Raises ``Refused``.
     """
+    if LAUNCHED in os.environ:
+        return launched(os.environ[LAUNCHED])
     file = _file(place)
     if file is not None and place.restarts > 0 and file.exists():
-        plain = json.loads(file.read_text())
-        typed = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        return cast("Config", OmegaConf.to_object(typed))
+        return launched(file.read_text())
     config = compose(overrides)
     if file is not None:
         with suppress(OSError):  # it is composed again then
             replace_text(file, json.dumps(to_plain(config)))
     return config
+
+
+def launched(text: str) -> Config:
+    """The config that was composed and checked before."""
+    typed = OmegaConf.merge(OmegaConf.structured(Config), json.loads(text))
+    return cast("Config", OmegaConf.to_object(typed))
 
 
 def _file(place: Place) -> Path | None:

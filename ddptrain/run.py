@@ -53,7 +53,7 @@ class Run:
     """Called when what the run goes on from is as it was asked for."""
     started_at: int = 0
     done: int = 0  # optimiser steps; with weights and optimiser state, all the state there is
-    logged: int = 0
+    timed_from: int = 0
     metric_is_known: bool = False
     metrics: dict[str, float] = field(default_factory=dict)  # of evaluations at this very step
     line: dict[str, float] = field(default_factory=dict)  # that was logged after this very step
@@ -81,6 +81,7 @@ class Run:
         saved = recover(self.checkpoints, self.ranks)
         if self.beginning is None:
             self.check_resume(saved is not None)
+            self.claim()
             self.beginning = self.state(0)
         if saved is None and self.done:
             self.begin_anew(self.beginning)
@@ -91,7 +92,7 @@ class Run:
             self.metrics = saved.manifest["metrics"]
             self.line = saved.manifest.get("line", {})
             self.record = saved.manifest.get("record")
-        self.logged = self.done
+        self.timed_from = self.done
         self.started_at = self.done
         self.replicas.restart(self.done)
         self.setbacks.restore(saved, self.state(self.done))
@@ -106,8 +107,18 @@ class Run:
             self.observer.begin_fingerprints(self.step.fingerprints.header(self.done), self.record)
         return self.done
 
+    def claim(self) -> None:
+        """Have a store that is elsewhere for this start, on every rank."""
+        store = self.checkpoints.store
+        if store.token is not None:
+            is_claimed = store.claim() if self.ranks.is_first else None
+            store.is_claimed = self.ranks.from_first(is_claimed)
+
     def check_resume(self, is_found: bool) -> None:
-        """Hold ``run.resume`` against what there is. Raises ``Refused``, on every rank."""
+        """Hold ``run.resume`` against what there is. Raises ``Refused``, on every rank.
+
+        And ``CheckpointError`` if there is nothing, but the run is known to have had a checkpoint.
+        """
         resume = self.ranks.from_first(self.config.run.resume)  # which knows of earlier starts
         where = f"run.resume={resume.name} but {self.checkpoints.store.medium.where('')}"
         if is_found and resume is Resume.never:
@@ -115,6 +126,8 @@ class Run:
                 f"{where} holds a checkpoint; name another checkpoint.dir, or continue it with "
                 "run.resume=auto"
             )
+        if not is_found and self.ranks.from_first(self.observer.has_saved()):
+            raise self.checkpoints.none_is_whole(0)
         if not is_found and resume is Resume.must:
             raise Refused(f"{where} holds no checkpoint, and neither does run.dir")
         self.begun()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import socket
-import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,16 +14,17 @@ from uuid import uuid4
 import yaml
 from yaml.constructor import ConstructorError
 
+from ddptrain.claim import LAUNCH_LOCK, LOCK, Lock
 from ddptrain.compose import config_trees, flatten, to_plain, validate
 from ddptrain.config import EXECUTION_ONLY, Config, Resume
-from ddptrain.errors import Refused
-from ddptrain.files import Claim, read_json, replace_text
+from ddptrain.errors import Refused, TrainingError
+from ddptrain.files import LASTING, make_new, read_json, replace_text
 from ddptrain.origin import DIFF, origin, uncommitted
 
 NODE_MEMORY = Path("/dev/shm")
 """Files in memory, which outlive the process that wrote them."""
 SETTINGS = (
-    "train", "parallel", "checkpoint", "log", "resilience", "data", "eval", "launch", "run"
+    "train", "parallel", "checkpoint", "log", "resilience", "data", "eval", "launch", "slurm", "run"
 )  # fmt: skip
 """Sections whose keys are the framework's own; the others are built by what they name."""
 
@@ -136,6 +135,18 @@ class RunDirectory:
         except Refused as error:
             raise Refused(f"{file}: {error}") from None
 
+    def launch(self, config: Config) -> None:
+        """Note ``config`` for the ranks of this start; what is there already is left untouched.
+
+        Raises ``TrainingError`` if the disk does not take it.
+        """
+        text = yaml.safe_dump(to_plain(config))
+        try:
+            if not self.launched.exists() or self.launched.read_text() != text:
+                replace_text(self.launched, text)
+        except OSError as error:
+            raise TrainingError(f"{self.launched}: {error.strerror}") from error
+
     def provenance(self) -> dict[str, Any]:
         """Return what was stored about the run's code: versions, commit, overrides, original."""
         return dict(_read_yaml(self.config).get("provenance", {}))
@@ -152,13 +163,19 @@ class RunDirectory:
         )
 
 
+def check_launch(config: Config) -> None:
+    """Refuse what ``check_directory`` does, and a ``run.dir`` that another launch has."""
+    check_directory(config)
+    if config.run.dir is not None:
+        Lock(Path(config.run.dir) / LAUNCH_LOCK).try_out()
+
+
 def check_directory(config: Config) -> None:
     """Refuse a ``run.dir`` that this config may not continue, or that is in use."""
     if config.run.dir is None:
         return
     run = RunDirectory(Path(config.run.dir))
-    if Claim(run.path).is_taken():
-        Claim(run.path).try_out()
+    Lock(run.path / LOCK).try_out()
     if run.has_checkpoint() and config.run.resume is Resume.never:
         raise Refused(
             f"run.resume=never but {run.path} holds a checkpoint; name another run.dir, "
@@ -179,12 +196,26 @@ def open_directory(
 ) -> RunDirectory:
     """Create the run's directory, or open the one it continues. Raises ``Refused``."""
     check_directory(config)
-    if config.run.dir is None:
-        run = RunDirectory(_create_new(Path("runs") / str(config.run.name)))
-    else:
-        run = RunDirectory(Path(config.run.dir).absolute())
-        run.path.mkdir(parents=True, exist_ok=True)
-    config.run.dir = str(run.path)
+    wanted = Path(config.run.dir or Path("runs") / str(config.run.name)).absolute()
+    try:
+        if config.run.dir is None:
+            wanted = make_new(wanted)
+        wanted.mkdir(parents=True, exist_ok=True)
+        run = RunDirectory(wanted)
+        config.run.dir = str(run.path)
+        _describe(run, config, overrides, rerun_of)
+    except OSError as error:
+        kind = Refused if isinstance(error, LASTING) else TrainingError
+        raise kind(
+            f"{wanted} cannot be made or written to: {error.strerror}; name another run.dir"
+        ) from error
+    return run
+
+
+def _describe(
+    run: RunDirectory, config: Config, overrides: list[str], rerun_of: str | None
+) -> None:
+    """Write down what the run is, unless that is there already."""
     if not run.identity.exists():
         replace_text(run.identity, uuid4().hex)
     if not run.config.exists():
@@ -192,7 +223,6 @@ def open_directory(
         run.code_diff.write_text(uncommitted())
         stored = {**to_plain(config), "provenance": provenance}
         replace_text(run.config, yaml.safe_dump(stored, sort_keys=False))
-    return run
 
 
 def _defaults() -> dict[str, Any]:
@@ -223,8 +253,10 @@ def _filled(known: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         plain = yaml.safe_load(file.read_text())
-    except OSError as error:
+    except LASTING as error:
         raise Refused(f"{file.parent}: not a run: {error.strerror}: {file}") from None
+    except OSError as error:  # a disk that is away, and may be back at the next try
+        raise TrainingError(f"{file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise Refused(f"{file}: not YAML, and no text: {error}; nothing of it was read") from None
     except ConstructorError as error:
@@ -238,20 +270,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise Refused(f"{file}: not a config")
     return plain
-
-
-def _create_new(parent: Path) -> Path:
-    """Make ``<UTC time>-<4 random letters>`` under ``parent``; no two callers get the same."""
-    parent.mkdir(parents=True, exist_ok=True)
-    letters = random.SystemRandom()
-    while True:
-        name = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        suffix = "".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=4))
-        try:
-            (path := (parent / f"{name}-{suffix}").absolute()).mkdir()
-        except FileExistsError:
-            continue
-        return path
 
 
 def differences(stored: Config, now: Config) -> list[str]:

@@ -13,13 +13,15 @@ from ddptrain.config import Remedy, TrainConfig
 from ddptrain.data.fetch import Source
 from ddptrain.errors import NonFiniteError
 from ddptrain.observe.observer import Observer
-from ddptrain.optim.guard import IN_A_ROW, NONFINITE, Verdict
+from ddptrain.optim.guard import IN_A_ROW, NONFINITE, SPIKE, Verdict
 from ddptrain.parallel.ranks import Ranks
-from ddptrain.resilience.sanity import explain, explain_spike
+from ddptrain.resilience.sanity import Explainer
 from ddptrain.state import State, load_model, load_optimizer, on_host
 from ddptrain.step import Step
 
 ANCHOR = "anchor-"
+FAULTS = {NONFINITE: "nonfinite", SPIKE: "spike"}
+"""What `anomalies.jsonl` calls what is wrong with a step."""
 NUMBERS = ("step_numbers", "optimizer_numbers")
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class Setbacks:
         self.ranks = ranks
         self.observer = observer
         self.anchor: State | None = None
+        self.explainer = Explainer(step.module, source, ranks, step.buffers, ranks.world_size)
 
     def is_due(self, done: int) -> bool:
         """Whether the state after ``done`` steps is one to rewind to."""
@@ -86,23 +89,36 @@ class Setbacks:
         remedy = self._remedy(verdict)
         line: dict[str, Any] = {
             "step": verdict.step,
-            "fault": "nonfinite" if verdict.kind == NONFINITE else "spike",
+            "fault": FAULTS[verdict.kind],
             "action": remedy.name,
             "loss": verdict.loss if math.isfinite(verdict.loss) else None,
             "samples": self._samples(verdict.step),
         }
         if remedy is Remedy.skip:
-            self._note(line, f"step {verdict.step}: {_fault(verdict)}; passed over")
+            self._note(line, f"step {verdict.step}: {describe(verdict)}; passed over")
             return verdict.step + 1
-        parts = self.step.module, self.source, self.ranks, self.step.buffers
-        if verdict.kind == NONFINITE:
-            report = explain(verdict.step, *parts)
-        else:
-            report = f"{explain_spike(verdict.step, verdict.limit, *parts)}; {_fault(verdict)}"
+        report = self.explain(verdict)
         if remedy is Remedy.stop:
             self._note(line, report)
             raise NonFiniteError(f"{report}; {self._advice(verdict)}")
         return self._rewind(verdict, line, report)
+
+    def explain(self, verdict: Verdict) -> str:
+        """Take the step again, to name culprits; of one that was fine, where its loss is largest.
+
+        Every rank must call it, with the weights before the step. A rescue meanwhile has the
+        buffers before it.
+        """
+        with self.step.gate:
+            self.step.buffers.begin()
+            self.step.marks.begun += 1  # and stays so if this raises: buffers may have moved
+        if verdict.kind == NONFINITE:
+            report = self.explainer.nonfinite(verdict.step)
+        else:
+            limit = verdict.limit if verdict.kind == SPIKE else math.inf
+            report = f"{self.explainer.largest_losses(verdict.step, limit)}; {describe(verdict)}"
+        self.step.marks.begun -= 1
+        return report
 
     def _remedy(self, verdict: Verdict) -> Remedy:
         wanted = self.nonfinite if verdict.kind == NONFINITE else self.spike
@@ -119,7 +135,8 @@ class Setbacks:
         key = "train.nonfinite" if verdict.kind == NONFINITE else "train.spike.action"
         return (
             "stopped, the weights before that step are saved as its checkpoint; "
-            f"{key}=skip passes over such steps, {key}=rewind goes back as well"
+            f"{key}=skip passes over such steps, {key}=rewind goes back as well: another config, "
+            "so in another run.dir"
         )
 
     def _rewind(self, verdict: Verdict, line: dict[str, Any], report: str) -> int:
@@ -149,7 +166,9 @@ class Setbacks:
         return list(chain.from_iterable(indices))
 
 
-def _fault(verdict: Verdict) -> str:
+def describe(verdict: Verdict) -> str:
+    """What is wrong with a step, if anything is."""
     if verdict.kind == NONFINITE:
         return f"loss or gradient is not finite (loss {verdict.loss:.4g})"
-    return f"the loss of the step is {verdict.loss:.4g}, above {verdict.limit:.4g}"
+    too_large = f", above {verdict.limit:.4g}" if verdict.kind == SPIKE else ""
+    return f"the loss of the step is {verdict.loss:.4g}{too_large}"

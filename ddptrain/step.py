@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ddptrain import pulse
 from ddptrain.account import Accounted, add_logs, means
+from ddptrain.beside import make_ready
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
@@ -75,6 +76,7 @@ class Step:
         self.marks = Marks(ranks.device)
         # Who holds it finds the run between two updates, in whatever thread: see Run.rescue.
         self.gate = threading.Lock()
+        make_ready(ranks.device)
         self.verdicts = Lagging(ranks.device, 5)
         self.buffers = Buffers(module.task, ranks, self.reduction)
         # DDP lays its buckets out anew after its first backward, and where a number lies in a
@@ -172,10 +174,11 @@ class Step:
     def _judge(self, step: int, account: Tensor, bad: Tensor, hopeless: Tensor | None) -> Tensor:
         """1 if the weights are to be left alone in this step, else 0; record it for the log."""
         recorded, fault = account[:3], bad
+        loss = account[1] / account[0]
         if self.loss_scale is not None:
             recorded = recorded / self.loss_scale.value
-            fault = self.loss_scale.update(bad, hopeless)
-        loss = account[1] / account[0]
+            lost = ~loss.isfinite()
+            fault = self.loss_scale.update(bad, lost if hopeless is None else lost | hopeless)
         guard = self.guard
         skip = guard.judge(loss, bad, fault)
         self.module.window.end_step(recorded, skip)

@@ -13,11 +13,12 @@ from typing import Any
 
 from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.memory import Memory
+from ddptrain.checkpoint.rescue import save_somewhere
 from ddptrain.checkpoint.retention import Entry, Retention
 from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
 from ddptrain.checkpoint.writer import Job, Writer, give_way
-from ddptrain.errors import CheckpointError, DamagedError, TrainingError
+from ddptrain.errors import CheckpointError, DamagedError, Refused, TrainingError
 from ddptrain.state import State
 
 SCRUB_PAUSE = 0.1
@@ -56,6 +57,7 @@ class Checkpoints:
         self.index: dict[int, dict[str, float]] | None = None
         self.scrubbing: threading.Thread | None = None
         self.is_in_a_hurry = False
+        self.is_bare = False  # nothing in the store is whole: the next snapshot goes there as well
         self.damaged: set[int] = set()
         self.written: set[int] = set()
 
@@ -65,6 +67,7 @@ class Checkpoints:
         ``durable`` says whether it goes to the store as well, or stays in memory. Raises
         ``Superseded`` if this job has lost the run to another.
         """
+        durable = durable or self.is_bare
         slot = self.writer.slot(durable)
         try:
             self.memory.take(slot, state)
@@ -72,7 +75,7 @@ class Checkpoints:
             self._make_do(state, durable, error)
             return
         if durable:
-            self.unsaved = None
+            self.unsaved, self.is_bare = None, False
         self.writer.submit(Job(slot, self._manifest(state), durable))
 
     def _make_do(self, state: State, durable: bool, error: OSError) -> None:
@@ -105,11 +108,7 @@ class Checkpoints:
         """
         slot = self.writer.rest()
         with self.memory.alone(min(until, time.monotonic() + NEIGHBOUR_SECONDS)):
-            there = self.memory.whole(state.step)
-            if there is None:
-                slot = self.memory.rescue(slot, state, self._manifest(state))
-                there = self.memory.stores[slot.tier], state.step
-        store, step = there
+            store, step = save_somewhere(self.memory, slot, state, self._manifest(state))
         copied = threading.Event()
         # In a thread, for a store that takes too long must not keep this rank from leaving.
         copy = threading.Thread(
@@ -182,12 +181,12 @@ class Checkpoints:
         return any(e.step == step for e in best)
 
     def check_metric(self, names: list[str]) -> None:
-        """Raise ``CheckpointError`` if the metric to keep the best by is not among ``names``."""
+        """Raise ``Refused`` if the metric to keep the best by is not among ``names``."""
         if self.retention.keep_best and self.metric not in names:
             close = get_close_matches(self.metric, names, 1)
             hint = f"did you mean {close[0]}?" if close else "name one, or checkpoint.keep_best=0"
             there_are = f"the task's metrics are {', '.join(names)}"
-            raise CheckpointError(f"checkpoint.metric={self.metric}: {there_are}; {hint}")
+            raise Refused(f"checkpoint.metric={self.metric}: {there_are}; {hint}")
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint, if any has the metric."""
@@ -216,10 +215,9 @@ class Checkpoints:
         return None
 
     def none_is_whole(self, count: int) -> CheckpointError:
-        return CheckpointError(
-            f"{self.store.medium.where('')}: none of the {count} checkpoints is whole; "
-            "set run.dir to a new folder to start from the beginning"
-        )
+        told = f"none of the {count} checkpoints is whole" if count else "its checkpoints are gone"
+        remedy = "set run.dir to a new folder to start from the beginning"
+        return CheckpointError(f"{self.store.medium.where('')}: {told}; {remedy}")
 
     def read(self, step: int, store: Store | None = None) -> Saved:
         """Read and verify the checkpoint of ``step``. Raises ``CheckpointError``."""
@@ -265,10 +263,11 @@ class Checkpoints:
     def _scrub(self) -> None:
         give_way()
         with contextlib.suppress(OSError):
-            for step in self.store.steps():
+            for step in (steps := self.store.steps()):
                 if step not in self.written and self._is_damaged(step):
                     self.damaged.add(step)
                     logger.warning("%s is damaged, and counts no more", self.store.where(step))
+            self.is_bare = bool(steps) and self.damaged.issuperset(steps)
 
     def _is_damaged(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` is there, can be read, and is not what was written."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from re import fullmatch
 
-from ddptrain.files import Claim
+from ddptrain.claim import LOCK, Lock
 
 OWNER = "run.json"
 ABANDONED_SECONDS = 7 * 24 * 3600.0
@@ -42,7 +42,7 @@ def _is_abandoned(folder: Path) -> bool:
         run = Path(owner["run"])
         if (run / ".identity").read_text() != owner["identity"]:
             return True
-        if Claim(run).is_taken():  # whatever the clock says
+        if Lock(run / LOCK).is_taken():  # whatever the clock says
             return False
         result = json.loads((run / "result.json").read_text())
         return is_old or bool(result["status"] == "completed")

@@ -34,6 +34,7 @@ class Mapped:
             raise OSError(0, str(error), str(file)) from None
         descriptor = os.open(file, os.O_RDWR)
         try:
+            self.place = _place(os.fstat(descriptor))
             self.bytes = mmap.mmap(descriptor, 0)
         finally:
             os.close(descriptor)
@@ -69,6 +70,13 @@ class Mapped:
             for name, tensor in tensors.items()
         }
 
+    def is_at(self, file: Path) -> bool:
+        """Whether ``file`` is the one that is mapped, whole: to write past its end kills."""
+        try:
+            return _place(file.stat()) == self.place
+        except OSError:
+            return False
+
     def fits(self, tensors: Tensors) -> bool:
         return self.views.keys() == tensors.keys() and all(
             view.shape == tensors[name].shape and view.dtype == tensors[name].dtype
@@ -81,6 +89,10 @@ class Mapped:
 
     def digest(self) -> Digest:
         return digest_of(self.bytes)
+
+
+def _place(there: os.stat_result) -> tuple[int, int, int]:
+    return there.st_dev, there.st_ino, there.st_size
 
 
 def _keep_free(file: Path, size: int, reserve: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from hashlib import file_digest
 from mmap import mmap
@@ -40,6 +41,9 @@ class Medium(Protocol):
 
     def digest(self, folder: str, name: str) -> Digest:
         """The length and checksum of a file, read anew."""
+
+    def begin(self) -> None:
+        """Make the root, if it is not there."""
 
     def make(self, folder: str) -> None:
         """Make an empty folder; what was in one of that name is gone."""
@@ -84,6 +88,9 @@ class Disk:
         with (self.root / folder / name).open("rb") as stream:
             digest = file_digest(stream, xxh3_128).hexdigest()
             return {"bytes": os.fstat(stream.fileno()).st_size, CHECKSUM: digest}
+
+    def begin(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
 
     def make(self, folder: str) -> None:
         if (self.root / folder).exists():
@@ -137,6 +144,20 @@ class Disk:
         return str(self.root / folder / name)
 
 
+class Spare(Disk):
+    """A folder that is as good as empty while its file system cannot be read."""
+
+    def folders(self) -> list[str]:
+        with suppress(OSError):
+            return super().folders()
+        return []
+
+    def holds(self, folder: str, name: str) -> bool:
+        with suppress(OSError):
+            return super().holds(folder, name)
+        return False
+
+
 def _as_disks_do(method: Method) -> Method:
     """Raise ``OSError`` for whatever a library of fsspec's raises: no network, no credentials."""
 
@@ -183,6 +204,10 @@ class Remote:
     @_as_disks_do
     def digest(self, folder: str, name: str) -> Digest:
         return digest_of(self.read(folder, name))
+
+    @_as_disks_do
+    def begin(self) -> None:
+        self.files.makedirs(self.root, exist_ok=True)
 
     @_as_disks_do
     def make(self, folder: str) -> None:

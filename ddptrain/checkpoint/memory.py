@@ -24,10 +24,9 @@ from torch import Tensor
 
 from ddptrain.checkpoint.leavings import delete_abandoned, is_being_filled, sign
 from ddptrain.checkpoint.mapped import Mapped
-from ddptrain.checkpoint.media import Disk
+from ddptrain.checkpoint.media import Spare
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.checkpoint.store import MANIFEST, Store, folder_of, sealed
-from ddptrain.errors import CheckpointError
 from ddptrain.failpoints import reach
 from ddptrain.state import State
 
@@ -73,7 +72,7 @@ class Memory:
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
-        self.stores = [Store(Disk(root)) for root in roots]
+        self.stores = [Store(Spare(root)) for root in roots]
         self.roots = list(roots)
         self.reserve = RESERVED
         self.progress = Progress(self.roots[0])
@@ -96,9 +95,10 @@ class Memory:
     def _use(self, tier: int) -> None:
         self.tier = tier
         self.root, self.store = self.roots[tier], self.stores[tier]
-        self.slots = [self._slot(tier, number) for number in range(SLOTS)]
+        self.slots = [self.slot(tier, number) for number in range(SLOTS)]
 
-    def _slot(self, tier: int, number: int) -> Slot:
+    def slot(self, tier: int, number: int) -> Slot:
+        """A slot of this process that holds nothing yet."""
         home = self.roots[tier] / f".slot-{os.getpid()}-{number}"
         return Slot(home, home, tier)
 
@@ -131,9 +131,9 @@ class Memory:
 
     def makes_room(self) -> bool:
         """Delete what others have left here, but for the newest; return whether there was any."""
-        before = list(self.root.iterdir()) if self.root.is_dir() else []
-        self._clear(self.tier)
-        return any(not path.exists() for path in before)
+        before = self.store.medium.folders()
+        self.clear(self.tier)
+        return not set(before).issubset(self.store.medium.folders())
 
     def falls_back(self) -> bool:
         """Go on in the next root, if there is one and no slot is in use."""
@@ -141,7 +141,7 @@ class Memory:
             return False
         for slot in self.slots:
             if slot.step is None:
-                self._drop(slot)
+                self.drop(slot)
         self._use(self.tier + 1)
         return True
 
@@ -151,37 +151,6 @@ class Memory:
         idle = [s for s in self.slots if not s.busy and (s.step is None or s.step != newest)]
         # One that has its memory already costs nothing more.
         return min(idle, key=lambda s: (not s.files, s.step or 0), default=None)
-
-    def whole(self, step: int) -> tuple[Store, int] | None:
-        """Where there is a whole snapshot of ``step`` or a later one, by whatever process."""
-        found = ((other, store) for store in self.stores for other in store.steps())
-        for other, store in sorted(found, key=lambda one: -one[0]):
-            if other < step:
-                break
-            with contextlib.suppress(CheckpointError):
-                store.verify(other)
-                return store, other
-        return None
-
-    def rescue(self, slot: Slot | None, state: State, manifest: dict[str, Any]) -> Slot:
-        """Save ``state`` in ``slot``, or wherever there is room. Raises ``OSError`` if nowhere.
-
-        Older snapshots have to make room for it, but for the newest, which is whole for sure.
-        """
-        spare = [self._slot(tier, SLOTS) for tier in range(self.tier, len(self.roots))]
-        first = [slot] if slot is not None else [spare[0]]
-        tries = [(each, RESERVED) for each in (*first, *spare)] + [(spare[0], 0.0)]
-        for each, self.reserve in tries:
-            try:
-                self.take(each, state)
-                self.seal(each, self.describe(each, manifest))
-            except OSError as error:
-                problem = error
-                self._drop(each)
-                self._clear(each.tier)
-            else:
-                return each
-        raise problem
 
     def take(self, slot: Slot, state: State) -> None:
         """Copy ``state`` into ``slot``. Raises ``OSError`` if the memory is full."""
@@ -198,7 +167,7 @@ class Memory:
             if any(t.is_cuda for tensors in state.files.values() for t in tensors.values()):
                 torch.cuda.current_stream().synchronize()
         except BaseException:
-            self._drop(slot)
+            self.drop(slot)
             raise
         reach("memory: filled")
 
@@ -216,7 +185,7 @@ class Memory:
         if slot.folder != slot.home:
             slot.folder = slot.folder.rename(slot.home)
             reach("memory: slot taken back")
-        for name in [name for name in slot.files if not (slot.folder / name).exists()]:
+        for name in [n for n, file in slot.files.items() if not file.is_at(slot.folder / n)]:
             del slot.files[name]
 
     def _fill(self, slot: Slot, name: str, tensors: dict[str, Tensor]) -> None:
@@ -230,7 +199,8 @@ class Memory:
         reserve = 0.0 if is_last_resort else self.reserve
         slot.files[name] = Mapped(slot.folder / name, tensors, reserve)
 
-    def _drop(self, slot: Slot) -> None:
+    def drop(self, slot: Slot) -> None:
+        """Give up a slot and the memory it takes."""
         slot.files.clear()
         slot.step, slot.busy = None, False
         shutil.rmtree(slot.folder, ignore_errors=True)
@@ -259,22 +229,22 @@ class Memory:
         """Delete a damaged snapshot of a step, or one from before the run went back."""
         for other in self.slots:
             if other.folder == target:
-                self._drop(other)
+                self.drop(other)
         shutil.rmtree(target, ignore_errors=True)
         reach("memory: room made")
 
     def prune(self) -> None:
         """Delete what other processes have left, but for the newest snapshot."""
-        self._clear(self.tier)
+        self.clear(self.tier)
         reach("memory: pruned")
 
-    def _clear(self, tier: int) -> None:
+    def clear(self, tier: int) -> None:
+        """Delete what other processes have left in a root, but for the newest snapshot."""
         own = {slot.folder.name for slot in self.slots}
         newest = {folder_of(step) for step in self.stores[tier].steps()[-1:]}
-        root = self.roots[tier]
-        for path in root.iterdir() if root.is_dir() else ():
-            is_used = path.name in own | newest or is_being_filled(path.name)
-            if path.is_dir() and not is_used:
+        for name in self.stores[tier].medium.folders():
+            path = self.roots[tier] / name
+            if name not in own | newest and not is_being_filled(name) and os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
 
     def sign(self, run: Path, identity: str) -> None:
@@ -286,7 +256,7 @@ class Memory:
         """Delete the snapshots of steps later than ``after``, which turned out to be wrong."""
         for slot in self.slots:
             if slot.step is not None and slot.step > after:
-                self._drop(slot)
+                self.drop(slot)
         for store in self.stores:
             for step in store.steps():
                 if step > after:

@@ -6,13 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.media import CHECKSUM
 from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
-from ddptrain.errors import CheckpointError
+from ddptrain.errors import CheckpointError, Refused
 from ddptrain.failpoints import reach
 from ddptrain.parallel.ranks import Ranks
 
@@ -41,8 +40,8 @@ def recover(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
     be read; with a snapshot at hand such a store is warned of.
     """
     gathered = ranks.gather(_offers(checkpoints, ranks))
-    offers = [offer for of_rank, _ in gathered for offer in of_rank]
-    problem = gathered[0][1]
+    offers = [offer for of_rank, _, _ in gathered for offer in of_rank]
+    _, problem, has_held_one = gathered[0]
     reach("restore: offers gathered")
     for offer in ranked(offers):
         saved = _send(checkpoints, ranks, offer)
@@ -55,7 +54,7 @@ def recover(checkpoints: Checkpoints, ranks: Ranks) -> Saved | None:
             return saved
     if problem is not None:
         raise CheckpointError(f"{problem}; mend that, or name another checkpoint.dir")
-    if offers:
+    if offers or has_held_one:
         raise checkpoints.none_is_whole(len(offers))
     return None
 
@@ -88,24 +87,35 @@ def ranked(offers: list[Offer]) -> list[Offer]:
     return agreed + doubtful
 
 
-def _offers(checkpoints: Checkpoints, ranks: Ranks) -> tuple[list[Offer], str | None]:
-    """What this rank can read, and why it cannot read the store, if it cannot."""
+def _offers(checkpoints: Checkpoints, ranks: Ranks) -> tuple[list[Offer], str | None, bool]:
+    """What this rank can read, why it cannot read the store, and whether that has held one."""
     problem: str | None = None
-    stores: list[tuple[int, Store]] = []
+    has_held_one = False
+    offers: list[Offer] = []
     if checkpoints.keeps_memory:
-        stores += list(enumerate(checkpoints.memory.stores))
+        for tier, of_memory in enumerate(checkpoints.memory.stores):
+            offers += _of_store(of_memory, of_memory.steps(), tier, ranks.rank)
     if ranks.is_first:
+        store = checkpoints.store
         try:
-            checkpoints.store.medium.folders()
-            stores.append((DURABLE, checkpoints.store))
+            steps, unfinished = store.contents()
+            has_held_one = store.has_held_one()
         except OSError as error:
-            problem = f"{checkpoints.store.medium.where('')}: cannot be read: {error}"
-    offers = [offer for tier, store in stores for offer in _of_store(store, tier, ranks.rank)]
-    return offers, problem
+            problem = f"{store.medium.where('')}: cannot be read: {error}"
+            return offers, problem, has_held_one
+        offers += _of_store(store, steps, DURABLE, ranks.rank)
+        if unfinished:
+            others = f" (and {len(unfinished) - 1} more)" if len(unfinished) > 1 else ""
+            logger.warning(
+                "%s%s has no manifest: writing or deleting it was cut short",
+                store.medium.where(unfinished[-1]),
+                others,
+            )
+    return offers, problem, has_held_one
 
 
-def _of_store(store: Store, tier: int, rank: int) -> Iterator[Offer]:
-    for step in store.steps():
+def _of_store(store: Store, steps: list[int], tier: int, rank: int) -> Iterator[Offer]:
+    for step in steps:
         digest: tuple[tuple[str, str], ...] = ()
         try:
             files = store.manifest(step)["files"]
@@ -116,22 +126,29 @@ def _of_store(store: Store, tier: int, rank: int) -> Iterator[Offer]:
 
 
 def _send(checkpoints: Checkpoints, ranks: Ranks, offer: Offer) -> Saved | None:
-    """Read ``offer`` where it is, and send it to the others; None if it is not whole."""
+    """Read ``offer`` where it is, and send it to the others; None if it is not whole.
+
+    Raises ``Refused``, on every rank, if it is of a run with another config.
+    """
     saved: Saved | None = None
+    refusal: str | None = None
     if ranks.rank == offer.rank:
         memory = checkpoints.memory
         store = checkpoints.store if offer.tier == DURABLE else memory.stores[offer.tier]
         try:
             saved = checkpoints.read(offer.step, store)
             if different := checkpoints.differences(saved.manifest):
-                raise CheckpointError(
-                    f"{saved.origin}: of a run with another config: {'; '.join(different)}"
+                refusal = (
+                    f"{saved.origin} is of a run with another config: {'; '.join(different)}; name "
+                    "another checkpoint.dir and run.dir, or undo the difference"
                 )
             reach("restore: read")
         except CheckpointError as error:
             logger.warning("passing over a checkpoint: %s", error)
-    told = saved.manifest if saved is not None else None
-    manifest: dict[str, Any] | None = ranks.from_rank(offer.rank, told)
+    told = (saved.manifest if saved is not None else None), refusal
+    manifest, refusal = ranks.from_rank(offer.rank, told)
+    if refusal is not None:
+        raise Refused(refusal)
     if manifest is None:
         return None
     reach("restore: verified")

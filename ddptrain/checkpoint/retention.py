@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -16,11 +16,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Retention:
-    """Keeps the newest ``keep_last`` and the ``keep_best`` with the best score."""
+    """Keeps the newest ``keep_last``, the ``keep_best`` with the best score, and those for replays.
+
+    That is, of each of the last ``keep_faults`` of the steps that are known as ``faults``, the
+    newest that is not behind it: from there such a step can be taken again.
+    """
 
     keep_last: int
     keep_best: int = 0
     larger_is_better: bool = True
+    keep_faults: int = 0
+    faults: Callable[[], Iterable[int]] = tuple
 
     def best(self, entries: Iterable[Entry]) -> list[Entry]:
         """The best entries, best first; of equals the earlier, which a resume cannot displace."""
@@ -33,5 +39,7 @@ class Retention:
     def keep(self, entries: Iterable[Entry]) -> set[int]:
         """The steps to keep of those that there are."""
         entries = list(entries)
-        newest = sorted(e.step for e in entries)[-self.keep_last :]
-        return {*newest, *(e.step for e in self.best(entries))}
+        steps = sorted(e.step for e in entries)
+        faults = sorted(self.faults())[-self.keep_faults :] if self.keep_faults else []
+        before = (s for fault in faults for s in [s for s in steps if s <= fault][-1:])
+        return {*steps[-self.keep_last :], *(e.step for e in self.best(entries)), *before}

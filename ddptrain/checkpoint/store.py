@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from re import fullmatch
 from typing import Any
@@ -11,11 +14,15 @@ from typing import Any
 from xxhash import xxh3_128
 
 from ddptrain.checkpoint.media import Digest, Medium, digest_of
-from ddptrain.errors import CheckpointError, DamagedError
+from ddptrain.errors import CheckpointError, DamagedError, Superseded
 from ddptrain.failpoints import reach
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+OWNER = ".written-by"
+"""Not the name that a run's directory has for it: that may be the same folder."""
+
+logger = logging.getLogger(__name__)
 
 
 def folder_of(step: int) -> str:
@@ -30,15 +37,74 @@ class Store:
     object stores do not have.
     """
 
-    def __init__(self, medium: Medium, guard: Callable[[], None] | None = None) -> None:
-        """``guard`` raises if this process may no longer write; it is asked before every change."""
+    def __init__(
+        self,
+        medium: Medium,
+        guard: Callable[[], None] | None = None,
+        token: str | None = None,
+    ) -> None:
+        """``guard`` raises if this process may no longer write; it is asked before every change.
+
+        With the ``token`` of its start, ``<run>:<start>``, so does a later start of which only the
+        store knows.
+        """
         self.medium = medium
-        self.guard = guard or _no_guard
+        self.may_write = guard or _no_guard
+        self.token = token
+        self.is_claimed = False
+
+    def claim(self) -> bool:
+        """Have the store for this start; return False if it is away."""
+        try:
+            self._sign()
+        except OSError as error:
+            logger.warning("%s: %s", self.medium.where(""), error)
+        return self.is_claimed
+
+    def guard(self) -> None:
+        """Raise ``Superseded`` if another start has taken over while this one was cut off.
+
+        A store that was away when this one began is claimed now, unless another run has it: which
+        start of one run may write, its directory says.
+        """
+        self.may_write()
+        if self.token is None:
+            return
+        owner = self._owner()
+        same = self.token if self.is_claimed else self.token.partition(":")[0]
+        if owner is not None and not owner.startswith(same):
+            raise Superseded(
+                f"{self.medium.where('')}: another start has taken over this checkpoint.dir; "
+                "this one writes no more"
+            )
+        if owner != self.token:
+            self._sign()
+
+    def _sign(self) -> None:
+        if self.token is not None:
+            self.medium.begin()
+            self.medium.write("", OWNER, self.token.encode())
+        self.is_claimed = True
+
+    def _owner(self) -> str | None:
+        try:
+            return self.medium.read("", OWNER).decode()
+        except FileNotFoundError:
+            return None
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
+        return self.contents()[0]
+
+    def contents(self) -> tuple[list[int], list[str]]:
+        """The steps that have a checkpoint, and folders whose writing or deleting was cut short."""
         names = [name for name in self.medium.folders() if fullmatch(r"step-\d{8,}", name)]
-        return sorted(int(name[5:]) for name in names if self.medium.holds(name, MANIFEST))
+        whole = {name for name in names if self.medium.holds(name, MANIFEST)}
+        return sorted(int(name[5:]) for name in whole), sorted({*names} - whole)
+
+    def has_held_one(self) -> bool:
+        """Whether there ever was a whole checkpoint here: that is when ``latest`` is written."""
+        return self.medium.holds("", LATEST)
 
     def where(self, step: int, name: str = "") -> str:
         return self.medium.where(folder_of(step), name)
@@ -116,8 +182,14 @@ class Store:
             self.medium.clear(folder)
             reach("save: old folder removed")
         self.medium.make(folder)
-        for name, source in files.items():
-            self.medium.put(folder, name, source, manifest["files"][name])
+        try:
+            for name, source in files.items():
+                self.medium.put(folder, name, source, manifest["files"][name])
+        except OSError as error:
+            if error.errno in (ENOSPC, EDQUOT):  # there is no room for half a checkpoint
+                with suppress(OSError):
+                    self.medium.clear(folder)
+            raise
         self.guard()
         reach("save: verified")
 
@@ -142,10 +214,8 @@ class Store:
 
     def tidy(self, but: int) -> None:
         """Delete folders without a manifest, which a crash has left; not that of step ``but``."""
-        for name in self.medium.folders():
-            if not fullmatch(r"step-\d{8,}", name) or name == folder_of(but):
-                continue
-            if not self.medium.holds(name, MANIFEST):
+        for name in self.contents()[1]:
+            if name != folder_of(but):
                 self.medium.clear(name)
 
 

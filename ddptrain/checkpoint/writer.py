@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -18,10 +19,15 @@ from ddptrain.errors import CheckpointError, Superseded
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds between tries to write what could not be written, doubled each time."""
+POLL_SECONDS = 1.0
 PATIENCE = 10.0
 """Seconds that the end of a run waits for a store that cannot be written to."""
+SLOW_SECONDS = 60.0
+"""So long a step waits at most for a checkpoint on its way to the store."""
 LOUD_SECONDS = 600.0
 """A store that has failed for so long is told of again, and then after twice as long each time."""
+HUNG_SECONDS = 1800.0
+"""So long the end of a run waits for one that neither takes a checkpoint nor fails."""
 NICENESS = 10
 """The threads give way to the step, which needs the same cores."""
 
@@ -58,6 +64,7 @@ class Writer:
         self.sealing: Job | None = None
         self.owed: deque[Job] = deque()
         self.storing: Job | None = None
+        self.storing_since = 0.0
         self.resting = False
         self.pause = FIRST_PAUSE
         self.problem: Exception | None = None
@@ -70,17 +77,19 @@ class Writer:
         """A slot that may be filled; waits for the snapshot before the last.
 
         A ``durable`` one also for the checkpoint before the last to reach the store, if that is
-        slow; one that fails holds up nobody.
+        slow, for ``SLOW_SECONDS`` of its way; one that fails holds up nobody.
         """
         pulse.enter(pulse.SAVING)
         with self.changed:
             while True:
-                too_many = durable and len(self.owed) > 1 and self.problem is None
+                too_many = durable and len(self.owed) > 1 and not self._is_behind()
                 free = None if self.next is not None or too_many else self.memory.free()
                 if free is not None:
                     free.busy = True
+                    if durable and self.storing is not None and self._lasting() > SLOW_SECONDS:
+                        self._tell_of_delay(self.storing)
                     return free
-                self.changed.wait()
+                self.changed.wait(POLL_SECONDS)
 
     def submit(self, job: Job) -> None:
         """Hand over a filled slot. Raises what must end the run."""
@@ -118,29 +127,38 @@ class Writer:
     def settle(self, seconds: float = PATIENCE) -> None:
         """Wait until all is durable. Raises ``CheckpointError`` if it is not in time.
 
-        A store that works takes the time it needs; ``seconds`` bound how long one that fails is
-        tried again.
+        A store that works takes the time it needs, up to ``HUNG_SECONDS``; ``seconds`` bound how
+        long one that fails is tried again.
         """
         pulse.enter(pulse.SAVING)
         with self.changed:
-            until = time.monotonic() + seconds
+            began = time.monotonic()
             while self.next is not None or self.sealing is not None or self.owed:
-                is_sealed = self.next is None and self.sealing is None
-                failing = is_sealed and self.problem is not None
-                if failing and (left := until - time.monotonic()) <= 0:
+                limit = seconds if self.problem is not None else HUNG_SECONDS
+                left = began + limit - time.monotonic()
+                if left <= 0 and self.next is None and self.sealing is None:
                     break
-                self.pause = min(self.pause, 1.0)
+                self.pause = min(self.pause, POLL_SECONDS)
                 self.changed.notify_all()
-                self.changed.wait(left if failing else None)
+                self.changed.wait(min(max(left, 0.1), POLL_SECONDS))
             self._raise_if_superseded()
             if self.owed:
                 owed = self.owed[-1]
+                why = self.problem or f"one is on its way there for {self._lasting():.0f} s"
                 raise CheckpointError(
                     f"the checkpoint of step {owed.step} is not in "
-                    f"{self.store.medium.where('')}: {self.problem}; it is in memory at "
+                    f"{self.store.medium.where('')}: {why}; it is in memory at "
                     f"{owed.slot.folder}: mend the cause and start the run again on this "
                     "machine, which goes on from there"
                 )
+
+    def _lasting(self) -> float:
+        """For how many seconds a checkpoint is on its way to the store; 0 if none is."""
+        return 0.0 if self.storing is None else max(0.0, time.monotonic() - self.storing_since)
+
+    def _is_behind(self) -> bool:
+        """Whether the newest checkpoint is enough: the store fails, or takes too long."""
+        return self.problem is not None or self._lasting() > SLOW_SECONDS
 
     def _raise_if_superseded(self) -> None:
         if isinstance(self.problem, Superseded):
@@ -175,8 +193,8 @@ class Writer:
             self.memory.prune()
 
     def _owe(self, job: Job) -> None:
-        """While the store fails, the newest is enough: each that waits holds a slot."""
-        while self.problem is not None and self.owed and self.owed[-1] is not self.storing:
+        """Each that waits holds a slot."""
+        while self._is_behind() and self.owed and self.owed[-1] is not self.storing:
             self.owed.pop().slot.busy = False
         self.owed.append(job)
 
@@ -187,6 +205,7 @@ class Writer:
             job = self._take()
             try:
                 self.store.write(job.step, job.slot.paths(), job.manifest)
+                self.storing_since = math.inf  # what follows holds up no checkpoint
                 self._prune(job.step)
             except Superseded as error:
                 self.problem = error
@@ -206,7 +225,7 @@ class Writer:
             if self.problem is not None:
                 self.changed.wait(self.pause)
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
-            self.storing = self.owed[0]
+            self.storing, self.storing_since = self.owed[0], time.monotonic()
             self.changed.notify_all()
             return self.storing
 
@@ -239,20 +258,32 @@ class Writer:
         self.problem = error
         now = time.monotonic()
         self.failing_since = self.failing_since or now
-        if now - self.failing_since > self.patience:
-            self.patience *= 2
-            logger.warning(
-                "nothing has become durable for %.0f min: if this node is lost now, what was done "
-                "since is lost; the checkpoint of step %s is in memory only: %s",
-                (now - self.failing_since) / 60,
-                job.step,
-                error,
-            )
+        self._say_loudly(job, now - self.failing_since, error)
         self._say_once(
             f"the checkpoint of step {job.step} could not be written",
             error,
             "; training goes on, the one before stands, and it is tried again",
         )
+
+    def _tell_of_delay(self, job: Job) -> None:
+        error = TimeoutError(f"it is on its way for {self._lasting():.0f} s")
+        self._say_loudly(job, self._lasting(), error)
+        self._say_once(
+            f"the checkpoint of step {job.step} is not yet written",
+            error,
+            "; training goes on, the one before stands, and of those that follow the newest counts",
+        )
+
+    def _say_loudly(self, job: Job, seconds: float, error: Exception) -> None:
+        if seconds > self.patience:
+            self.patience *= 2
+            logger.warning(
+                "nothing has become durable for %.0f min: if this node is lost now, what was done "
+                "since is lost; the checkpoint of step %s is in memory only: %s",
+                seconds / 60,
+                job.step,
+                error,
+            )
 
     def _say_once(self, what: str, error: Exception, then: str = "") -> None:
         cause = (

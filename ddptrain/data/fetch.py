@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate, default
 
 from ddptrain import pulse
 from ddptrain.data.plan import MicroBatch, Plan
-from ddptrain.errors import DataError
+from ddptrain.errors import DataAway, DataError, LostWorker
+from ddptrain.files import may_pass
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
-from ddptrain.parent import end_with_parent
+from ddptrain.parent import SIGNALS, end_with_parent
 
 
 @dataclass
@@ -101,7 +102,8 @@ class Source:
         return f"data.{self.name} ({type(self.dataset).__name__})"
 
     def _failure(self, where: str, error: Exception) -> DataError:
-        return DataError(f"{self.label}: {where}: {type(error).__name__}: {error}")
+        kind = DataAway if may_pass(error) else DataError
+        return kind(f"{self.label}: {where}: {type(error).__name__}: {error}")
 
 
 def _shape(sample: Any) -> str:
@@ -191,7 +193,7 @@ def _serve_the_rank(_: int) -> None:
     which it needs this worker. SIGTERM counts if it comes from the rank.
     """
     end_with_parent()
-    ignored = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    ignored = set(SIGNALS) - {signal.SIGTERM}
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -202,8 +204,7 @@ def _serve_the_rank(_: int) -> None:
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """Signals wait: one that came between the fork of a worker and its first line would end it."""
-    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -240,7 +241,7 @@ class _Watched:
                 batches = iter(self.batches)  # where workers are forked
             yield from batches
         except RuntimeError as error:
-            raise DataError(f"{self.label}: a loading worker died: {error}") from error
+            raise LostWorker(f"{self.label}: a loading worker died: {error}") from error
 
 
 @dataclass
@@ -255,7 +256,7 @@ class _Moved:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Copy every tensor of a batch to ``device``, without waiting for it to arrive."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return _pinned(batch, device).to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -263,6 +264,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same values where a GPU can fetch them itself; else a large copy waits for the stream."""
+    is_on_host = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if device.type != "cuda" or not is_on_host or not tensor.is_contiguous():
+        return tensor
+    return tensor.pin_memory()
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:

@@ -62,6 +62,10 @@ class Plan:
             for m in mine
         ]
 
+    def rank_of(self, batch: MicroBatch, world_size: int) -> int:
+        """Which of ``world_size`` ranks takes a micro-batch."""
+        return ((batch.index + 1) * world_size - 1) // len(self.micro_batches(batch.step))
+
     def samples_before(self, step: int) -> int:
         """Samples seen by all ranks in the steps before ``step``."""
         epochs, steps = divmod(step, self.steps_per_epoch)

@@ -18,15 +18,17 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ddptrain.errors import TrainingError
-from ddptrain.resilience.failure import IS_CAUSE
-from ddptrain.resilience.preemption import SIGNALS
+from ddptrain.resilience.failure import IS_CAUSE, MAY_PASS
+from ddptrain.resilience.preemption import heeded
+from ddptrain.run_directory import NODE_MEMORY
+from ddptrain.screen import say
 
 GRACE_SECONDS = 30.0
 """So long ranks may take to leave once they were told to, as under torch's agent."""
@@ -46,11 +48,26 @@ class Asked(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """How the rank ended that failed first; ``message`` is what it left to be shown."""
+    """How the rank ended that failed first; ``message`` is what it left to be shown.
+
+    ``may_pass`` says that it knows of nothing that would make it fail again.
+    """
 
     rank: int
     exit_code: int
     message: str | None
+    may_pass: bool = False
+
+    @property
+    def how(self) -> str:
+        """How its process ended, in words."""
+        code = self.exit_code
+        if code > 0:
+            return f"exited {code}"
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:  # Python has no name for it
+            return f"was killed by signal {-code}"
 
 
 @dataclass
@@ -112,35 +129,42 @@ class Rank:
         with suppress(OSError, ValueError, KeyError, TypeError):
             extra = json.loads(self.note.read_text())["message"]["extraInfo"]
             message = str(extra["py_callstack"])
-            return bool(extra.get(IS_CAUSE, True)), Failure(self.number, code, message)
+            is_cause, may_pass = bool(extra.get(IS_CAUSE, True)), bool(extra.get(MAY_PASS, False))
+            return is_cause, Failure(self.number, code, message, may_pass)
         return True, Failure(self.number, code, None)
 
 
-def start_ranks(command: list[str], ranks: int, output: Path | None = None) -> Failure | None:
+def start_ranks(
+    command: list[str],
+    ranks: int,
+    output: Path | None = None,
+    signals: deque[signal.Signals] | None = None,
+) -> Failure | None:
     """Run ``command`` as so many ``ranks``; return how they failed, if they did.
 
-    What they print goes to files under ``output``, if that is given, and to the screen if not.
+    What they print goes to files under ``output``, if that is given, and to the screen if not. Who
+    has ``heard`` signals before, and will afterwards, gives what has come.
     Raises ``Asked``, and ``TrainingError`` if a rank cannot be ended. Ranks may be over before
     torch has been imported: a process that ends then should do so as ``run_command`` does.
     """
     store = Store()
     identity = uuid.uuid4().hex
     started: list[Rank] = []
-    with TemporaryDirectory(prefix="ddptrain-", ignore_cleanup_errors=True) as notes:
-        with _heard() as heard:
+    with _notes() as notes:
+        with heard() if signals is None else nullcontext(signals) as came:
             try:
                 for number in range(ranks):
                     variables = _variables(number, ranks, store.port, identity)
                     started.append(_start(command, number, variables, Path(notes), output))
                 store.thread.start()
-                noticed, asked = _wait(started, heard, store)
+                noticed, asked = _wait(started, came, store)
             finally:
                 for rank in started:
                     if not rank.has_ended:
                         rank.tell_group(signal.SIGKILL)
                         with suppress(subprocess.TimeoutExpired):
                             rank.process.wait(UNKILLABLE_SECONDS)
-            asked = asked or next(iter(heard), None)
+            asked = asked or next(iter(came), None)
         if asked is not None:
             raise Asked(asked)
         failures = [failure for rank in noticed if (failure := rank.failure()) is not None]
@@ -188,15 +212,24 @@ def _variables(rank: int, ranks: int, port: int, identity: str) -> dict[str, str
     }
 
 
+def _notes() -> TemporaryDirectory[str]:
+    """A folder for what ranks leave to be shown; in memory where the disk takes none."""
+    try:
+        return TemporaryDirectory(prefix="ddptrain-", ignore_cleanup_errors=True)
+    except OSError:
+        memory = str(NODE_MEMORY)
+        return TemporaryDirectory(prefix="ddptrain-", dir=memory, ignore_cleanup_errors=True)
+
+
 @contextmanager
-def _heard() -> Iterator[deque[signal.Signals]]:
+def heard() -> Iterator[deque[signal.Signals]]:
     """The signals that come meanwhile, which end nothing by themselves."""
     came: deque[signal.Signals] = deque()
     before: dict[signal.Signals, Any] = {
         # Of a parent that ignores its children it is inherited to be told nothing of one's own.
         signal.SIGCHLD: signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     }
-    for number in SIGNALS:
+    for number in heeded():
         before[number] = signal.signal(number, lambda n, _: came.append(signal.Signals(n)))
     try:
         yield came
@@ -226,6 +259,7 @@ def _wait(
         if store.problem is not None:
             raise store.problem
         if until is None and any(rank.process.returncode for rank in ended):
+            _tell_cause(ended)
             told.append(signal.SIGTERM)
         if told and until is None:
             until = time.monotonic() + GRACE_SECONDS
@@ -237,6 +271,14 @@ def _wait(
                 rank.tell_group(signal.SIGTERM)
             _insist(left, time.monotonic() - until)
     return noticed, asked
+
+
+def _tell_cause(ended: list[Rank]) -> None:
+    """Name ranks that ended without a word, before others say that they were told to leave."""
+    for rank in ended:
+        _, failure = rank.failure() or (False, None)
+        if failure is not None and failure.message is None:
+            say(f"rank {rank.number}: {failure.how}; the others save and leave", sys.stderr)
 
 
 def _insist(left: list[Rank], seconds: float) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ddptrain.claim import Claim
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Resume
-from ddptrain.files import Claim, replace_text
+from ddptrain.files import replace_text
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.run_directory import RunDirectory, open_directory
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.config import Config
@@ -17,13 +20,20 @@ from ddptrain.errors import (
     EXIT_STOPPED,
     TrainingError,
 )
-from ddptrain.launch.agent import DDPTRAIN, Asked, Failure, start_ranks
+from ddptrain.launch.agent import DDPTRAIN, Asked, Failure, heard, start_ranks
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.run_directory import RunDirectory
+from ddptrain.screen import say, show_cursor
 
 RESTARTS = 3
 """``launch.max_restarts`` of several ranks, if the config does not say."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between two starts without progress, from the second such on; doubled each time."""
+
+UNFINISHED = EXIT_FAILED, "ended unfinished"
+BEFORE_A_STEP = EXIT_STOPPED, "stopped before a step was done; start it again to go on"
+BETWEEN_STARTS = EXIT_STOPPED, "stopped between two starts; start it again to go on"
 
 
 def count_ranks(config: Config) -> int:
@@ -40,36 +50,70 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
     """Run ``ranks`` workers on the stored config to their end; return the exit code.
 
     After a failure they are started again, ``launch.max_restarts`` times without a finished step
-    in between. The error of the rank that failed first is the last thing printed.
+    in between, after a pause that grows. The error of the rank that failed first is the last thing
+    printed.
     """
     os.environ[LAUNCH] = uuid.uuid4().hex
     progress = Progress(run.memories()[0])
     wanted = config.launch.max_restarts
     allowed = left = RESTARTS if wanted is None else wanted
     first = before = progress.read()
-    known = len(read_json_lines(run.attempts))
+    known = len(_starts(run))
     command = [*DDPTRAIN, "worker", str(run.path)]
-    while True:
-        try:
-            failure = start_ranks(command, ranks)
-        except Asked as asked:  # the ranks were told, and had time to heed it
-            begun = read_json_lines(run.attempts)[known:]
-            has_begun = any(progress.read() > line["step"] for line in begun[-1:])
-            return _stopped(run, asked.signal, has_begun)
-        if failure is None:
-            return EXIT_COMPLETED
-        log = next(Path(run.logs).glob(f"rank-{failure.rank}.*"), run.logs)
-        code = print_failure(failure, f"its log: {log}")
-        now = progress.read()
-        left = allowed if now > before else left
-        was_raised = now <= first and failure.exit_code > 0
-        if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
-            return code
-        before, left = now, left - 1
-        # Where a step was done, or noted, run.resume has been held against what there is.
-        if now > first or len(read_json_lines(run.attempts)) > known:
-            command = [*DDPTRAIN, "worker", str(run.path), "--again"]
-        print(f"starting the ranks again; {left} more times without progress", file=sys.stderr)
+    with heard() as signals:
+        while True:
+            try:
+                failure = start_ranks(command, ranks, signals=signals)
+            except Asked as asked:  # the ranks were told, and had time to heed it
+                show_cursor()
+                has_begun = _has_begun(run, known, progress)
+                return _stopped(run, asked.signal, UNFINISHED if has_begun else BEFORE_A_STEP)
+            if failure is None:
+                return EXIT_COMPLETED
+            show_cursor()
+            code = print_failure(failure, f"its log: {_log_of(run, failure.rank)}")
+            now = progress.read()
+            left = allowed if now > before else left
+            was_raised = now <= first and failure.exit_code > 0 and not failure.may_pass
+            if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
+                return code
+            before, left = now, left - 1
+            # Where a step was done, or noted, run.resume has been held against what there is.
+            if now > first or len(_starts(run)) > known:
+                command = [*DDPTRAIN, "worker", str(run.path), "--again"]
+            more = f"at most {left} more times, unless steps are finished"
+            say(f"starting the ranks again; {more}", sys.stderr)
+            if _pause(allowed - left, signals):
+                return _stopped(run, signals[0], BETWEEN_STARTS)
+
+
+def _pause(failures: int, signals: Sequence[signal.Signals]) -> bool:
+    """After ``failures`` without progress, give what is in the way time; return if told to end."""
+    seconds = min(FIRST_PAUSE * 2.0 ** min(failures - 2, 9), LONGEST_PAUSE) if failures > 1 else 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not signals:
+        time.sleep(0.05)
+    return bool(signals)
+
+
+def _starts(run: RunDirectory) -> list[dict[str, Any]]:
+    """What is on record of the run's starts; nothing while its disk is away."""
+    try:
+        return read_json_lines(run.attempts)
+    except OSError:
+        return []
+
+
+def _has_begun(run: RunDirectory, known: int, progress: Progress) -> bool:
+    """Whether the last start, if it is a later one than the ``known``, has finished a step."""
+    return any(progress.read() > line["step"] for line in _starts(run)[known:][-1:])
+
+
+def _log_of(run: RunDirectory, rank: int) -> Path:
+    try:
+        return next(run.logs.glob(f"rank-{rank}.*"), run.logs)
+    except OSError:
+        return run.logs
 
 
 def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
@@ -81,23 +125,20 @@ def _is_hopeless(run: RunDirectory, was_raised: bool) -> bool:
     try:
         crashes.refuse_loop()
     except TrainingError as error:
-        print(f"ddptrain: {error}", file=sys.stderr)
+        say(f"ddptrain: {error}", sys.stderr)
         return True
     known = crashes.of_launch()
     return was_raised and (not known or (known[-1].is_cause and known[-1].finished == 0))
 
 
-def _stopped(run: RunDirectory, asked: signal.Signals, has_begun: bool) -> int:
-    """The exit code of a launch that ``asked`` has ended; it ``has_begun`` once a step is done."""
+def _stopped(run: RunDirectory, asked: signal.Signals, otherwise: tuple[int, str]) -> int:
+    """The exit code of a launch that ``asked`` has ended, and if it has no result ``otherwise``."""
     status = run.outcome().get("status")
-    otherwise = (EXIT_FAILED, "ended unfinished")
-    if not has_begun:
-        otherwise = EXIT_STOPPED, "stopped before a step was done; start it again to go on"
     code, how = {
         "completed": (EXIT_COMPLETED, "it was completed all the same"),
         "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),
     }.get(str(status), otherwise)
-    print(f"{asked.name}: {run.path}: {how}", file=sys.stderr)
+    say(f"{asked.name}: {run.path}: {how}", sys.stderr)
     return code
 
 
@@ -108,15 +149,7 @@ def print_failure(failure: Failure, otherwise: str) -> int:
     """
     code = failure.exit_code
     if failure.message is not None:
-        print(failure.message, file=sys.stderr)
+        say(failure.message, sys.stderr)
     else:
-        how = f"exited {code}" if code > 0 else f"was killed by {_name(-code)}"
-        print(f"rank {failure.rank}: {how}, without a word; {otherwise}", file=sys.stderr)
+        say(f"rank {failure.rank}: {failure.how}, without a word; {otherwise}", sys.stderr)
     return code if code in (EXIT_REFUSED, EXIT_STOPPED) else EXIT_FAILED
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # Python has no name for it
-        return f"signal {number}"

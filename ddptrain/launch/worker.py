@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 from ddptrain import pulse
 from ddptrain.build import build_trainer
+from ddptrain.claim import Claim
 from ddptrain.config import Config, Reduction
 from ddptrain.errors import (
     EXIT_COMPLETED,
@@ -26,20 +26,20 @@ from ddptrain.errors import (
     Stopped,
     Superseded,
 )
-from ddptrain.files import Claim
 from ddptrain.launch.agreement import agree_on_directory, common, tell_of_beginning
+from ddptrain.launch.ending import example_of, result_of, where
 from ddptrain.loop import Trainer
-from ddptrain.observe.console import say
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases
 from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
-from ddptrain.place import Place
+from ddptrain.place import Place, choose_interface
 from ddptrain.resilience import flight
 from ddptrain.resilience.crashes import Crashes
 from ddptrain.resilience.failure import (
     exit_with,
+    ignore_children,
     is_of_peer,
     leave_now,
     note,
@@ -50,8 +50,7 @@ from ddptrain.resilience.preemption import StopRequest
 from ddptrain.resilience.verdict import PATIENCE
 from ddptrain.resilience.watchdog import Watchdog
 from ddptrain.run_directory import RunDirectory
-from ddptrain.state import fingerprint
-from ddptrain.tasks.task import Task
+from ddptrain.screen import say
 
 logger = logging.getLogger(__name__)
 TIMEOUT, NEVER = timedelta(minutes=30), timedelta(days=7)
@@ -116,11 +115,13 @@ class Attempt:
     claim: Claim | None = None
     watchdog: Watchdog | None = None
     trainer: Trainer | None = None
+    has_told: bool = False
 
     def join(self, overrides: list[str]) -> Ranks:
         """Meet the other ranks, agree on the run and its directory, and watch over it."""
         config, place = self.config, self.place
         device = choose_device(config.train.device.name, place)
+        choose_interface(config.launch.interface)
         hang_seconds = config.resilience.hang_seconds
         if device.type == "cuda" and hang_seconds is not None:
             flight.arm()
@@ -154,9 +155,11 @@ class Attempt:
         phases.mark("building")
         trainer.train()
         if self.ranks.is_first:
-            result = self.result("completed")
-            write_result(self.run, result)
-            say(summarise(self.run, result, _example(trainer.task)))
+            result = self.run.outcome()
+            if trainer.started_at < trainer.total_steps or result.get("status") != "completed":
+                result = result_of(trainer, "completed", time.monotonic() - self.began)
+                write_result(self.run, result)
+            say(summarise(self.run, result, example_of(trainer.task)))
         self.ranks.barrier()
         self.stop_request.rescue = None
         if checkpoints.keeps_memory:
@@ -179,14 +182,19 @@ class Attempt:
         self.rescue(now + RESCUE_SECONDS, now + COPY_SECONDS)
 
     def leave(self, why: str, speaks: bool) -> None:
-        """End this rank from the side, its main thread being stuck; the last step is saved."""
+        """End this rank from the side, its main thread being stuck; the last step is saved.
+
+        What is written to the run's disk comes last, for that may be what hangs.
+        """
         line = f"{self.place.name}: {why}"
-        tell_agent(line)
+        if not self.has_told:
+            tell_agent(line, may_pass=True)
         if speaks:
             with contextlib.suppress(OSError):
                 os.write(2, f"{line}\n".encode())
         with contextlib.suppress(Exception):
             self.rescue_soon()
+        faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True)
         logger.info("%s", why)
         with contextlib.suppress(Exception):
             self.note(why, is_cause=False)
@@ -195,31 +203,42 @@ class Attempt:
     def fail(self, error: BaseException, on_screen: bool) -> int:
         """Report, and save what can be saved; return the exit code."""
         faulthandler.dump_traceback_later(RESCUE_SECONDS + LAST_RESORT_SECONDS, exit=True)
+        ignore_children()
         note(error)
-        context = "" if self.trainer is None else _where(self.trainer, error)
+        context = "" if self.trainer is None else where(self.trainer, error)
         told = error, self.place, context, on_screen, self.stop_request.heard
         waits = is_of_peer(error)  # for the rank with the cause to speak first
         code = EXIT_FAILED if waits else exit_with(*told)
+        self.has_told = not waits
         if self.watchdog is not None:
             self.watchdog.end(failed=not isinstance(error, OF_ALL_RANKS))
         if self.trainer is not None:
             if not isinstance(error, NOTHING_TO_RESCUE):
                 with contextlib.suppress(Exception):  # the error to show is the first one
                     self.rescue_soon()
-            if not isinstance(error, Superseded):
+            if self.may_write():
                 self.trainer.observer.close()
             if not isinstance(error, Stopped):
                 with contextlib.suppress(Exception):
-                    is_final = isinstance(error, NonFiniteError)
+                    is_final = isinstance(error, NonFiniteError | Superseded)
                     self.note(f"{context}{summary(error)}", not waits, is_final)
             if self.place.rank == 0 and self.run is not None:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 with contextlib.suppress(Exception):
-                    if self.claim is not None:
-                        self.claim.check()
-                    write_result(self.run, self.result(status))
+                    if self.may_write():
+                        seconds = time.monotonic() - self.began
+                        write_result(self.run, result_of(self.trainer, status, seconds))
         faulthandler.cancel_dump_traceback_later()
         return exit_with(*told) if waits else code
+
+    def may_write(self) -> bool:
+        """Whether no other start has taken over, for all that can be known."""
+        try:
+            if self.claim is not None:
+                self.claim.check()
+        except Superseded:
+            return False
+        return True
 
     def note(self, why: str, is_cause: bool, is_final: bool = False) -> None:
         """Put on record in which step this rank failed."""
@@ -234,52 +253,9 @@ class Attempt:
         crashes = Crashes(self.run.crashes)
         crashes.add(self.claim.token, rank, done, finished, is_cause, why, is_final)
 
-    def result(self, status: str) -> dict[str, Any]:
-        """What goes into ``result.json``."""
-        trainer = self.trainer
-        assert trainer is not None
-        plan = trainer.fetcher.source.plan
-        samples = plan.samples_before(trainer.done)
-        is_stuck = status == "failed" and trainer.ranks.device.type == "cuda"
-        return {
-            "status": status,
-            "step": trainer.done,
-            "samples": samples,
-            "epochs": samples / plan.samples,
-            "metrics": trainer.metrics,
-            # Of a GPU that waits for a rank that has gone, nothing can be read any more.
-            "weights_sha256": None if is_stuck else fingerprint(trainer.task),
-            "wall_seconds": time.monotonic() - self.began,
-            "step_ms_median": trainer.clock.median_ms,
-            "world_size": trainer.ranks.world_size,
-            **trainer.observer.history.totals(),
-        }
-
-
-def _example(task: Task) -> str | None:
-    """What the model does, to show; it is none of the run, so its errors are not the run's."""
-    task.eval()
-    try:
-        return task.example()
-    except Exception:
-        logger.exception("%s.example() failed", type(task).__name__)
-        return None
-
 
 def _timeout(hang_seconds: float | None) -> timedelta:
     """Of a collective: longer than the watchdog's longest patience, which says more."""
     if hang_seconds is None:
         return NEVER
     return max(TIMEOUT, timedelta(seconds=PATIENCE * hang_seconds + 60))
-
-
-def _where(trainer: Trainer, error: BaseException) -> str:
-    """The step, and where one was under way its samples on this rank."""
-    current = trainer.step.current
-    if isinstance(error, NonFiniteError | DivergenceError):
-        return ""  # it says itself where it happened, which is not where it was noticed
-    if current is None:
-        return f"after step {trainer.done}: "
-    samples = trainer.fetcher.source.plan.indices(current).tolist()
-    shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-    return f"step {trainer.done}, samples {shown}: "

@@ -23,20 +23,18 @@ class LossScale:
         self.value = torch.tensor(initial, device=device)
         self.finite_steps = torch.zeros((), device=device)
 
-    def update(self, bad: Tensor, hopeless: Tensor | None = None) -> Tensor:
+    def update(self, bad: Tensor, hopeless: Tensor) -> Tensor:
         """Adapt to a step that was ``bad`` (non-finite); return whether that was no overflow.
 
         A loss is a sum over a micro-batch, which a scale far below 1 may be right for. At the
         smallest there is nothing left to lower: the numbers themselves are at fault, as they are
-        if the step is ``hopeless``, bad at any scale.
+        if the step is ``hopeless``, bad at any scale, which then stays as it is.
         """
-        fault = bad & (self.value <= SMALLEST)
-        if hopeless is not None:
-            fault = fault | hopeless
+        fault = bad & (self.value <= SMALLEST) | hopeless
         finite_steps = torch.where(bad, 0.0, self.finite_steps + 1)
         grow = finite_steps >= GROWTH_INTERVAL
         self.finite_steps.copy_(torch.where(grow, 0.0, finite_steps))
-        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        factor = torch.where(bad & ~hopeless, 0.5, torch.where(grow, 2.0, 1.0))
         self.value.mul_(factor).clamp_(SMALLEST, LARGEST)
         return fault
 

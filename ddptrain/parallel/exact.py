@@ -73,7 +73,7 @@ class Exact:
     The hook sees every micro-batch, not only the last: it adds the bucket to this rank's integers
     and clears it; with the last micro-batch those are summed over the ranks and become the
     gradient. Four counts of micro-batches per parameter travel with them, in one integer: not
-    finite, out of range, not zero, and not faint. The first two make the gradient NaN.
+    finite, out of range, not zero, and not faint. The first two make its first element NaN.
 
     ``loss_scale`` is the factor, a power of two, that gradients carry.
     """
@@ -87,6 +87,7 @@ class Exact:
         self.loss_scale = loss_scale
         self.summed = Summed()
         self.sums: dict[int, Tensor] = {}  # by bucket
+        self.begins: dict[int, Tensor] = {}  # where in it each parameter begins
         self.begun: set[int] = set()
         self.accumulating = False
         self.faint: dict[int, tuple[list[Tensor], Tensor]] = {}
@@ -105,7 +106,8 @@ class Exact:
             self.accumulating = False
 
     def relay(self) -> None:
-        for by_bucket in (self.sums, self.faint, self.out_of_range, self.summed.gathered):
+        of_buckets = self.sums, self.begins, self.faint, self.out_of_range, self.summed.gathered
+        for by_bucket in of_buckets:
             by_bucket.clear()
 
     def encode(self, values: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class Exact:
         size = buffer.numel()
         if not size:
             return finished(buffer)
-        sums = self._memory(index, buffer, len(gradients))
+        sums = self._memory(index, buffer, gradients)
         self._add(sums, buffer, gradients, begins=index not in self.begun)
         self.begun.add(index)
         if self.accumulating:
@@ -168,12 +170,16 @@ class Exact:
 
         return self.summed.start(index, sums).then(finish)
 
-    def _memory(self, index: int, buffer: Tensor, parameters: int) -> Tensor:
+    def _memory(self, index: int, buffer: Tensor, gradients: list[Tensor]) -> Tensor:
         """This rank's integers for a bucket, in memory that is kept from step to step."""
         if index not in self.sums:
+            parameters = len(gradients)
             length = 2 * buffer.numel() + parameters
             self.sums[index] = torch.empty(length, dtype=torch.int64, device=buffer.device)
             self.faint[index] = [], torch.zeros(parameters, dtype=torch.bool, device=buffer.device)
+            offsets = [g.storage_offset() - buffer.storage_offset() for g in gradients]
+            begins = torch.tensor(offsets, device=buffer.device)
+            self.begins[index] = begins.clamp(max=buffer.numel() - 1)  # one may be without elements
         return self.sums[index]
 
     def _add(self, sums: Tensor, buffer: Tensor, gradients: list[Tensor], begins: bool) -> None:
@@ -207,7 +213,10 @@ class Exact:
             buffer[part] = total if self.loss_scale is None else total * self.loss_scale
         counts = sums[2 * buffer.numel() :]
         not_finite, beyond, some, clear = (counts >> field & MAX_ADDENDS for field in FIELDS)
-        buffer[0].masked_fill_((not_finite | beyond).any(), torch.nan)
+        wrong = (not_finite | beyond) > 0
+        # Added, for a parameter without elements begins where the next one does.
+        marks = buffer.new_zeros(()).expand(len(wrong)).masked_fill(wrong, torch.nan)
+        buffer.index_add_(0, self.begins[index], marks)
         if self.loss_scale is not None:
             self.out_of_range[index] = beyond.any()
         self.faint[index][1].logical_or_((some != 0) & (clear == 0))

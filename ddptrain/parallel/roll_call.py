@@ -19,7 +19,7 @@ from hashlib import sha256
 from typing import Protocol
 from uuid import uuid4
 
-from ddptrain.errors import PeerFailed, TrainingError
+from ddptrain.errors import PeerFailed
 from ddptrain.processes import born, space
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.05
@@ -106,7 +106,7 @@ def _call(board: Board, world_size: int, seconds: float | None) -> str:
         for rank in ranks[1:]
         if not (told and board.check([yes[rank]]) and board.get(yes[rank]).decode() == told)
     ]
-    raise TrainingError(
+    raise PeerFailed(
         f"of {world_size} ranks {', '.join(map(str, missing))} did not come within {seconds:g} s; "
         "see what holds that machine up, or give it more time (resilience.hang_seconds)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 POLL_SECONDS = 0.5
@@ -31,10 +32,13 @@ class Board(Protocol):
 class Messenger:
     """Exchanges messages with the other ranks' watchdogs, in a thread; with none if alone.
 
-    What is read from it is what was heard last, and when; asking takes no time.
+    What is read from it is what was heard last, and when; asking takes no time. ``alarmed`` is
+    called when another rank has raised the alarm.
     """
 
-    def __init__(self, board: Board | None, rank: int, world_size: int) -> None:
+    def __init__(
+        self, board: Board | None, rank: int, world_size: int, alarmed: Callable[[], None]
+    ) -> None:
         self.board = board
         self.rank = rank
         self.keys = [f"rank-{number}" for number in range(world_size)]
@@ -42,6 +46,7 @@ class Messenger:
         self.number = 0
         self.heard: dict[int, tuple[str, float]] = {}
         self.alarm = False
+        self.alarmed = alarmed
         self.raises_alarm = False
         self.may_speak: bool | None = None
         self.others_are_there = False
@@ -72,15 +77,15 @@ class Messenger:
             self.thread.join(seconds)
         return not self.thread.is_alive()
 
-    def raise_alarm(self, text: str, seconds: float) -> bool:
-        """Alarm the others; return whether this rank is the one that speaks for all.
+    def raise_alarm(self, text: str, heard_all: Callable[[], bool], seconds: float) -> bool:
+        """Alarm the others, and wait until this rank has ``heard_all``, at most so long.
 
-        It is if nobody says otherwise within ``seconds``.
+        Returns whether it is the one that speaks for all, as it is if nobody says otherwise.
         """
         self.own, self.raises_alarm = text, True
         self.hurry.set()
         with self.changed:
-            self.changed.wait_for(lambda: self.may_speak is not None, seconds)
+            self.changed.wait_for(lambda: self.may_speak is not None and heard_all(), seconds)
         return self.may_speak is not False
 
     def _work(self) -> None:
@@ -106,7 +111,7 @@ class Messenger:
         if self.raises_alarm and self.may_speak is None:
             self.board.set(ALARM, "1")
             self.may_speak = self.board.add(SPEAKERS, 1) == 1
-        self.alarm = self.board.check([ALARM])
+        is_alarm = self.board.check([ALARM])
         self.others_are_there = self.others_are_there or self.board.check(self.keys)
         texts = self.board.multi_get(self.keys) if self.others_are_there else []
         now = time.monotonic()
@@ -114,3 +119,6 @@ class Messenger:
             if rank not in self.heard or self.heard[rank][0] != told.decode():
                 self.heard[rank] = told.decode(), now
         self.number = number
+        if is_alarm and not self.alarm:
+            self.alarm = True
+            self.alarmed()

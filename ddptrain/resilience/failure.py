@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,13 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from ddptrain.errors import EXIT_FAILED, DataError, PeerFailed, TrainingError
+from ddptrain import files
+from ddptrain.errors import EXIT_FAILED, DataAway, DataError, LostWorker, PeerFailed, TrainingError
 from ddptrain.place import Place
+from ddptrain.screen import say
 
 COLLECTIVE_CODE = ("torch/distributed/", "torch/nn/parallel/")
 MAYBE_COLLECTIVE_CODE = ("torch/autograd/graph.py", "torch/futures/", "ddptrain/")
 LATER_SECONDS = 3600
-IS_CAUSE = "is_cause"
+IS_CAUSE, MAY_PASS = "is_cause", "may_pass"
 PEER_SECONDS = 3.0
 """How long a rank whose collective failed waits to be stopped, or to hear of the real cause."""
 
@@ -49,14 +52,15 @@ def exit_with(
     line = f"{place.name}: {context}{summary(error)}"
     details = _details(error)
     logger.debug("reported:\n%s", line)
-    tell_agent(f"{details}{line}")
+    tell_agent(f"{details}{line}", may_pass=may_pass(error))
     if on_screen:
-        print(f"{details}{line}", file=sys.stderr, flush=True)
+        say(f"{details}{line}", sys.stderr)
     return getattr(error, "exit_code", EXIT_FAILED)
 
 
 def leave_now(code: int) -> NoReturn:
     """End this process without waiting for peers, whose half of a teardown will never come."""
+    ignore_children()
     for child in multiprocessing.active_children():
         child.kill()
     logging.shutdown()
@@ -66,7 +70,36 @@ def leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def tell_agent(message: str, is_cause: bool = True) -> None:
+def ignore_children() -> None:
+    """Have torch raise nothing more, wherever the main thread is, when a loading worker ends."""
+    with suppress(ValueError):  # in another thread, where nothing is raised
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same start, made again, may come to another end.
+
+    It may if a process has gone or a disk was away, and does not if a file is not there or the code
+    is wrong.
+    """
+    if isinstance(error, DataAway | LostWorker | PeerFailed) or _is_of_worker(error):
+        return True
+    is_ours = isinstance(error, TrainingError) and not isinstance(error, DataError)
+    return files.may_pass(error.__cause__ if is_ours else error)
+
+
+def _is_of_worker(error: BaseException) -> bool:
+    """Whether torch raised it, wherever the main thread was, because a loading worker has died."""
+    return _innermost(error).endswith("torch/utils/data/_utils/signal_handling.py")
+
+
+def _innermost(error: BaseException) -> str:
+    """The file of the Python code in which it was raised, with slashes."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename.replace("\\", "/") if frames else ""
+
+
+def tell_agent(message: str, is_cause: bool = True, may_pass: bool = False) -> None:
     """Leave the error where torch's elastic agent looks for it, so that its report ends with it.
 
     What is no cause comes after all that are, and does not take the place of one.
@@ -75,7 +108,8 @@ def tell_agent(message: str, is_cause: bool = True) -> None:
     if file is None or (not is_cause and Path(file).exists()):
         return
     when = int(time.time()) + (0 if is_cause else LATER_SECONDS)
-    extra = {"py_callstack": message, "timestamp": str(when), IS_CAUSE: is_cause}
+    told = {"py_callstack": message, "timestamp": str(when)}
+    extra = {**told, IS_CAUSE: is_cause, MAY_PASS: may_pass}
     content = {"message": {"message": message, "extraInfo": extra}}
     with suppress(OSError):  # it is on the screen and in the log as well
         Path(file).write_text(json.dumps(content))
@@ -131,8 +165,7 @@ def is_of_peer(error: BaseException) -> bool:
     """
     if isinstance(error, TrainingError):
         return False
-    frames = traceback.extract_tb(error.__traceback__)
-    innermost = frames[-1].filename.replace("\\", "/") if frames else ""
+    innermost = _innermost(error)
     if any(part in innermost for part in MAYBE_COLLECTIVE_CODE):
         return any(backend in str(error).lower() for backend in ("gloo", "nccl"))
     return any(part in innermost for part in COLLECTIVE_CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import threading
@@ -12,10 +13,10 @@ from contextlib import suppress
 
 from ddptrain import pulse
 from ddptrain.errors import EXIT_FAILED, EXIT_STOPPED
+from ddptrain.parent import SIGNALS
 from ddptrain.place import Place
 from ddptrain.resilience.failure import tell_agent
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SIDE_SHARE = 0.3
 """The last part of the grace, in which a rank that could not stop saves from the side."""
 LEAVING_SECONDS = 1.0
@@ -55,7 +56,7 @@ class StopRequest:
         """Take note of signals from here on; only the main thread may call it."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, _nothing)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_unlisten)
@@ -102,7 +103,7 @@ class StopRequest:
         time.sleep(grace * (1 - SIDE_SHARE))
         within = f"within {grace:g} s of {self.signal} (resilience.grace_seconds)"
         faulthandler.dump_traceback_later(max(0.1, until - time.monotonic()), exit=True)
-        place = self.rescue(until, until - LEAVING_SECONDS) if self.rescue is not None else None
+        place = self._save(until, until - LEAVING_SECONDS)
         while pulse.now.phase in (pulse.SAVING, pulse.TOGETHER) and (
             time.monotonic() < until - LEAVING_SECONDS
         ):
@@ -116,9 +117,19 @@ class StopRequest:
         """The agent was killed: nobody will look after this rank, and another may take over."""
         faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
         until = time.monotonic() + ORPHAN_SECONDS / 2
-        place = self.rescue(until, until) if self.rescue is not None else None
+        place = self._save(until, until)
         saved = f"the last finished step is saved in {place}" if place else "nothing new to save"
         self._leave(f"the process that started this rank has gone; {saved}", EXIT_FAILED)
+
+    def _save(self, until: float, copy_until: float) -> str | None:
+        """Rescue, and have the log say so: for who has set a time at which to end in any case."""
+        place = None
+        with suppress(Exception):  # there is a line to say, and a process to end
+            place = self.rescue(until, copy_until) if self.rescue is not None else None
+        for handler in logging.getLogger("ddptrain").handlers:
+            with suppress(Exception):
+                handler.flush()
+        return place
 
     def _leave(self, why: str, code: int) -> None:
         self._say(why)
@@ -128,6 +139,12 @@ class StopRequest:
         """Without Python's buffers, which another thread may hold."""
         with suppress(OSError):
             os.write(2, f"{self.place.name}: {what}\n".encode())
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that ask this process to stop: SIGHUP does not under ``nohup``."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not is_nohup]
 
 
 def _nothing(*_: object) -> None:

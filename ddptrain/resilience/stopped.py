@@ -45,7 +45,10 @@ def end_if_stopped(hang_seconds: float | None) -> None:
 
 
 def watch(rank: int, agent: int, seconds: float) -> None:
-    """Kill ``rank``, our parent, or another child of its ``agent`` that was stopped for so long."""
+    """Kill ``rank``, our parent, or another child of its ``agent`` that was stopped for so long.
+
+    Without its agent at once: it was told to end, which it will not hear of before it goes on.
+    """
     since: dict[int, float] = {}
     born = _born(agent)
     until = time.monotonic() + START_SECONDS
@@ -61,7 +64,7 @@ def watch(rank: int, agent: int, seconds: float) -> None:
             return
         since = {pid: since.get(pid, now) for pid in stopped}
         for pid, when in since.items():
-            if now - when > seconds:
+            if now - when > seconds or not has_agent:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)

@@ -21,7 +21,7 @@ from ddptrain.resilience.board import Board, Messenger
 from ddptrain.resilience.flight import unfinished
 from ddptrain.resilience.verdict import Sign, explain, hangs
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 ASLEEP_SECONDS = 3.0
 """A thread that is late by so much was asleep with its process; so long it takes to hear anew."""
 PARTING_SECONDS = 2.0
@@ -30,7 +30,7 @@ GONE_SECONDS = 3.0
 """So long a rank that waits for one that has ended may take to notice by itself."""
 LAST_RESORT_SECONDS = 30.0
 STACK_SECONDS = 2.0
-"""So long the rank that reports waits for what the others were doing."""
+"""So long a rank waits at most for what the others were doing."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Watchdog:
     """A thread per rank that tells the others what its rank does, and reads what they do.
 
     It costs a step nothing: the step says what it does in a variable (see ``pulse``), which the
-    thread looks at once a second. ``leave`` saves what can be saved and ends the process.
+    thread looks at twice a second. ``leave`` saves what can be saved and ends the process.
     """
 
     def __init__(
@@ -51,10 +51,12 @@ class Watchdog:
         leave: Callable[[str, bool], None],
     ) -> None:
         self.place = place
-        self.messenger = Messenger(board, place.rank, place.world_size)
+        self.woken = threading.Event()
+        self.messenger = Messenger(board, place.rank, place.world_size, self.woken.set)
         self.hang_seconds = hang_seconds
         self.leave = leave
-        self.ended = threading.Event()
+        self.ended = False
+        self.is_leaving = False
         self.failed = False
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.gone_since: dict[int, float] = {}
@@ -72,9 +74,13 @@ class Watchdog:
         """Watch no more: the rank has finished, or is about to leave by itself.
 
         If it has ``failed``, the others may still wait for it, and are not told that they need not.
+        After an alarm it does not come back: a collective that breaks because the stopped rank is
+        killed at last says less than the report, which ends this process.
         """
-        self.failed = failed
-        self.ended.set()
+        self.failed, self.ended = failed, True
+        self.woken.set()
+        if failed and self.is_leaving:
+            self.thread.join(LAST_RESORT_SECONDS)
 
     def has_ended(self) -> bool:
         """Whether its threads are gone: Python must not end while one of them uses a store."""
@@ -83,7 +89,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         looked = time.monotonic()
-        while not self.ended.wait(POLL_SECONDS):
+        while not self._ends_within(POLL_SECONDS):
             now = time.monotonic()
             if now - looked > ASLEEP_SECONDS:
                 self.awake_since = now  # this process was stopped, and knows nothing of that time
@@ -91,6 +97,11 @@ class Watchdog:
             if now - self.awake_since > ASLEEP_SECONDS:
                 self._look()
         self.messenger.end(self._told(finished=not self.failed, failed=self.failed))
+
+    def _ends_within(self, seconds: float) -> bool:
+        self.woken.wait(seconds)  # or until there is an alarm
+        self.woken.clear()
+        return self.ended
 
     def _look(self) -> None:
         self.messenger.say(self._told())
@@ -154,17 +165,23 @@ class Watchdog:
 
     def _raise_alarm(self) -> None:
         """Report, end whoever is stopped, and leave; every rank that can does so."""
+        self.is_leaving = True
         faulthandler.dump_traceback_later(LAST_RESORT_SECONDS, exit=True)
         stack = self._write_stacks()
-        until = time.monotonic() + STACK_SECONDS
-        speaks = self.messenger.raise_alarm(self._told(stack=stack), STACK_SECONDS)
-        time.sleep(max(0.0, until - time.monotonic()))
+        told = self._told(stack=stack)
+        speaks = self.messenger.raise_alarm(told, self._all_have_told, STACK_SECONDS)
         known = [s if s.rank != self.place.rank else replace(s, stack=stack) for s in self._signs()]
         for sign in known:
             if self._is_near(sign):
                 kill_if_stopped(sign.pid, sign.born)
         report = f"no progress for {self.hang_seconds:g} s (resilience.hang_seconds): "
         self.leave(report + explain(known) + unfinished(), speaks)
+
+    def _all_have_told(self) -> bool:
+        """Whether each rank that still answers has said what it was doing."""
+        others = [sign for sign in self._signs() if sign.rank != self.place.rank]
+        at_work = [sign for sign in others if sign.answers and not sign.finished]
+        return all(sign.stack for sign in at_work)
 
     def _write_stacks(self) -> str:
         """Write every thread's Python stack to this rank's log; return the main thread's line."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from ddptrain.compose import validate
 from ddptrain.config import Config, Reduction
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
+from ddptrain.evaluate import Evaluation
 from ddptrain.loop import Trainer
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import choose_device
@@ -51,7 +51,7 @@ def verify_rank(folder: Path) -> int:
             alone.extend([check_samples(sources), check_loss(trainer)])
 
         if place.rank:
-            import_module("torchmetrics")  # takes seconds, and rank 0 is busy for some
+            Evaluation.load()  # takes seconds, and rank 0 is busy for some
         outcomes: dict[Trial, list[Outcome]] = {}
         for trial in trials:
             if place.rank < trial.world_size:
