@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from ddptrain.observe.loggers import Scalars
+from ddptrain.screen import say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-
-def say(text: str) -> None:
-    """Print ``text``; a screen that is gone (`| head`, a closed pager) ends no training."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # for what follows, and for Python's own last flush
-        os.close(nowhere)
-    except OSError:
-        pass  # redirected to a disk that is full
 
 
 class Screen(Protocol):
@@ -128,6 +116,8 @@ def format_scalars(split: str, scalars: Scalars) -> str:
         parts = [text.format(scalars[name]) for name, text in SHOWN.items() if name in scalars]
         skipped = scalars.get("skipped_steps")
         parts += [f"skipped {skipped:.0f}"] if skipped else []
+        rewinds = scalars.get("rewinds")
+        parts += [f"rewinds {rewinds:.0f}"] if rewinds else []
     else:
         parts = [f"{split}/{name} {value:.4f}" for name, value in scalars.items()]
     return "  ".join(parts)

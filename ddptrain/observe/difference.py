@@ -10,12 +10,29 @@ from ddptrain.compose import flatten, to_plain
 from ddptrain.errors import Refused
 from ddptrain.files import read_json
 from ddptrain.observe.loggers import read_json_lines
+from ddptrain.origin import origin
 from ddptrain.run_directory import RunDirectory, changes
 
 Record = dict[str, Any]
 ROUNDING = 1e-4
 """Gradient norms closer than this may differ by rounding alone."""
 HOW = "log.fingerprint_every=1 records every step"
+
+
+def since(run: RunDirectory, data: dict[str, Any] | None = None) -> list[str]:
+    """What has changed since ``run``, as far as can be told: code, versions, and ``data`` if given.
+
+    ``data`` has a digest by split, as a run notes them.
+    """
+    now, provenance = origin(), run.provenance()
+    then = {key: provenance.get(key, {}) for key in now}
+    different = changes(flatten(then), flatten(now))
+    if now["git_commit"] is None:
+        different.append("the folder is in no git repository: what differs in code cannot be told")
+    if data is not None and (before := read_json(run.data)):
+        of_splits = {name: before.get(name, {}) for name in data}
+        different += [f"data.{line}" for line in changes(flatten(of_splits), flatten(data))]
+    return different
 
 
 def circumstances(first: RunDirectory, second: RunDirectory) -> Iterator[str]:

@@ -6,7 +6,10 @@ import errno
 import json
 import math
 import os
+import threading
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -111,9 +114,11 @@ class JsonLines:
         if self.spill is not None:
             kept = b"".join(map(_encoded, self.spilled)) + self.waiting
             self.is_spilled = bool(kept)
+            beside = self.spill.with_name(f".{self.spill.name}.tmp")
             with suppress(OSError):
                 self.spill.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self.spill.write_bytes(kept)
+                beside.write_bytes(kept)  # of which a kill may leave a part
+                beside.replace(self.spill)
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
@@ -164,6 +169,17 @@ def _cut(file: Path, step: int) -> int | None:
     return kept
 
 
+@dataclass(frozen=True)
+class _Quiet:
+    """What is told of threads that fail, but those of TensorBoard: their writer raises it too."""
+
+    before: Callable[[threading.ExceptHookArgs], Any]
+
+    def __call__(self, failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self.before(failed)
+
+
 class TensorBoard:
     """Event files: curves against optimiser steps, the config as text, hparams at the end.
 
@@ -185,6 +201,8 @@ class TensorBoard:
             except Exception as error:  # whatever else is installed may not go with it
                 why = f"log.tensorboard=true, but it cannot be imported: {error!r}"
                 raise Refused(f"{why}; mend that, or set it to false") from error
+            if not isinstance(threading.excepthook, _Quiet):
+                threading.excepthook = _Quiet(threading.excepthook)
             self.opened = SummaryWriter(str(self.folder), purge_step=self.purge)
             self.purge = None
             if self.config_text is not None:

@@ -16,11 +16,12 @@ import yaml
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config
 from ddptrain.files import read_json, replace_text
-from ddptrain.observe.console import Screen, Silent, open_screen, say
+from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
 from ddptrain.origin import versions
 from ddptrain.run_directory import RunDirectory, changes, computed
+from ddptrain.screen import say
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,9 @@ class Observer:
         before = self.history.ranks_before()
         with self._surviving(self.history):
             self.history.begin(resumed_at, self.world_size, known)
-        with self._surviving(self):
-            self.run.result.unlink(missing_ok=True)
+        if resumed_at < total_steps:  # or it is done, and what was told of that stays
+            with self._surviving(self):
+                self.run.result.unlink(missing_ok=True)
         spilled = self.run.memories()[0] / self.run.metrics.name
         lines = read_json_lines(self.run.metrics) + read_json_lines(spilled)
         self.told = {str(line.get("split")) for line in lines if line.get("step") == resumed_at}
@@ -97,6 +99,11 @@ class Observer:
 
     def _lines(self, file: Path, resumed_at: int, **of: dict[str, Any] | None) -> JsonLines:
         return JsonLines(file, resumed_at, self.run.memories()[0] / file.name, **of)
+
+    def has_saved(self) -> bool:
+        """Whether a start of the run has ended in a way that leaves a checkpoint on disk."""
+        ended = self.run.outcome()
+        return ended.get("status") in ("completed", "stopped") and ended.get("step", 0) > 0
 
     def at(self, step: int) -> None:
         self.screen.step = step
@@ -193,7 +200,8 @@ class Observer:
             self.history.close()
         for each in self.loggers:
             try:
-                each.close()
+                with self._surviving(each):
+                    each.close()
             except Exception:
                 logger.exception("%s could not be closed", type(each).__name__)
         self.loggers = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ddptrain.files import replace_text
+from ddptrain.observe.faults import noted_faults
 from ddptrain.run_directory import RunDirectory
 
 
@@ -21,7 +23,7 @@ def write_result(run: RunDirectory, result: dict[str, Any]) -> None:
 
 def summarise(run: RunDirectory, result: dict[str, Any], example: str | None) -> str:
     """What to print when a run is over: the metrics, where it is, what to paste next."""
-    where = _short(run.path)
+    where = short(run.path)
     # Beside its other runs, where a run is in the default place.
     runs = run.path.parent if "runs" in run.path.parts else None
     lines = [
@@ -38,12 +40,24 @@ def summarise(run: RunDirectory, result: dict[str, Any], example: str | None) ->
             *lines,
             "",
             f"run          {where}",
-            f"curves       tensorboard --logdir {_short(runs if runs else run.path)}",
+            f"curves       tensorboard --logdir {short(runs if runs else run.path)}",
             f"weights      ddptrain export {where}",
+            *_of_faults(run),
         ]
     )
 
 
-def _short(path: Path) -> str:
+def _of_faults(run: RunDirectory) -> list[str]:
+    steps = []
+    with suppress(OSError):  # a courtesy is no reason to fail
+        steps = [line["step"] for line in noted_faults(run)]
+    if not steps:
+        return []
+    count = f"{len(steps)} step{'s' if len(steps) > 1 else ''}, in {run.anomalies.name}"
+    return [f"at fault     {count}; to see why: ddptrain replay {short(run.path)} {steps[-1]}"]
+
+
+def short(path: Path) -> str:
+    """A path as one would type it here."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
