@@ -8,23 +8,25 @@ import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
-from ddptrain.compose import compose, flatten, make_importable, options, to_plain
+from ddptrain.claim import launching
+from ddptrain.command_line import parse
+from ddptrain.compose import compose, to_plain
 from ddptrain.config import Config, Resume, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
-from ddptrain.origin import origin
 from ddptrain.parent import end_with_parent
 from ddptrain.place import Place
-from ddptrain.remembered import compose_once
-from ddptrain.resilience.failure import is_first_to_say, tell_agent
+from ddptrain.remembered import LAUNCHED, compose_once
+from ddptrain.resilience.failure import is_first_to_say, may_pass, tell_agent
 from ddptrain.resilience.preemption import StopRequest
 from ddptrain.resilience.stopped import end_if_stopped
-from ddptrain.run_directory import RunDirectory, changes, check_directory, open_directory
+from ddptrain.run_directory import RunDirectory, check_launch, open_directory
+from ddptrain.screen import say
+from ddptrain.snapshot import make_importable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,14 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_command:
             _refuse_unknown_command(given)
             given = ["rank", *given]
-        parsed = _parse(given)
+        parsed = parse(given)
         return COMMANDS[parsed.command](parsed)
     except TrainingError as error:
-        line = f"ddptrain: {error}"
         if is_first_to_say():
-            print(line, file=sys.stderr, flush=True)
-        tell_agent(line)
+            say(f"ddptrain: {error}", sys.stderr)
+        tell_agent(f"ddptrain: {error}", may_pass=may_pass(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        if is_first_to_say():
+            say("ddptrain: interrupted", sys.stderr)
+        return EXIT_FAILED
 
 
 def _refuse_unknown_command(given: list[str]) -> None:
@@ -52,67 +57,6 @@ def _refuse_unknown_command(given: list[str]) -> None:
         close = get_close_matches(given[0], COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         raise Refused(f"unknown command {given[0]}; {hint}")
-
-
-def _parse(given: list[str]) -> argparse.Namespace:
-    """Parse a command line on which overrides may stand before and after options."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(given)
-    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides += rest
-    return parsed
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ddptrain",
-        description="Distributed data-parallel training: a run is a pure function of its config.",
-        epilog="experiments: " + ", ".join(options("experiment")) + "; keys and their meaning: "
-        "`ddptrain config experiment=…` and the files in conf/. Under torchrun: "
-        "torchrun --standalone --nproc-per-node 2 -m ddptrain experiment=digits",
-    )
-    parser.add_argument("--version", action="version", version=f"ddptrain {version('ddptrain')}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add(name: str, summary: str | None, *, run: bool) -> argparse.ArgumentParser:
-        command = (
-            commands.add_parser(name, description=summary, help=summary)
-            if summary
-            else commands.add_parser(name)  # internal: not in the list of commands
-        )
-        if run:
-            command.add_argument("run", type=Path, help="a run's directory")
-        else:
-            command.add_argument(
-                "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides"
-            )
-        return command
-
-    train = add("train", "compose a config, start its ranks here, train", run=False)
-    train.add_argument("-m", "--multirun", action="store_true", help="a trial per combination")
-    verify = add("verify", "test that ranks, resumes and workers change nothing", run=False)
-    verify.add_argument("--steps", type=int, default=3, metavar="N", help="steps to compare: 3")
-    add("config", "print the composed, checked config; train nothing", run=False)
-    add("rerun", "train a run's stored config again, in a new directory", run=True)
-    evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)
-    evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test, or val")
-    export = add("export", "write a run's weights to one safetensors file", run=True)
-    export.add_argument("--output", type=Path, help="default: RUN/model.safetensors")
-    sample = add("sample", "text from a run's language model", run=True)
-    sample.add_argument("--prompt", default="def ", help="text to continue")
-    sample.add_argument("--length", type=int, default=400, help="bytes to add")
-    for command in (evaluate, export, sample):
-        command.add_argument(
-            "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
-        )
-    diff = add("diff", "where two runs parted, and what differed first", run=True)
-    diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
-    add("rank", None, run=False)
-    add("worker", None, run=True).add_argument("--again", action="store_true")
-    commands.add_parser("verify-rank").add_argument("folder", type=Path)
-    return parser
 
 
 def _listen(place: Place) -> StopRequest:
@@ -138,27 +82,53 @@ def _train(parsed: argparse.Namespace) -> int:
         from ddptrain.launch.sweep import sweep
 
         return sweep(parsed.overrides)
-    return _start(compose(parsed.overrides), parsed.overrides)
+    overrides = parsed.overrides
+    if parsed.trial is not None:
+        from ddptrain.launch.sweep import combination
+
+        overrides = combination(overrides, parsed.trial)
+    return _start(compose(overrides), overrides)
+
+
+def _submit(parsed: argparse.Namespace) -> int:
+    config = compose(parsed.overrides)
+    check_launch(config)
+    if config.launch.nproc_per_node != "auto":
+        check_world_size(config, config.slurm.nodes * int(config.launch.nproc_per_node))
+    from ddptrain.launch.submit import submit
+
+    return submit(config, parsed.overrides, parsed.dry_run)
 
 
 def _start(config: Config, overrides: list[str], rerun_of: str | None = None) -> int:
     """Start the ranks of one run on this machine and wait for them."""
     phases = Phases()
-    check_directory(config)
+    from ddptrain.launch.slurm import Allocation, launch_on
+
+    allocation = Allocation.here()
+    if allocation is not None:
+        allocation.find_itself(config)
+    check_launch(config)
     if config.launch.nproc_per_node != "auto":
-        check_world_size(config, int(config.launch.nproc_per_node))
+        nodes = 1 if allocation is None else allocation.nodes
+        check_world_size(config, nodes * int(config.launch.nproc_per_node))
+    if allocation is not None:
+        run = open_directory(config, overrides, rerun_of)
+        with launching(run.path):
+            return launch_on(allocation, run, config)
     from ddptrain.launch.local import count_ranks, launch_ranks
 
     ranks = count_ranks(config)
     check_world_size(config, ranks)
     run = open_directory(config, overrides, rerun_of)
-    if ranks == 1 and not config.launch.max_restarts:
+    with launching(run.path):
+        if ranks > 1 or config.launch.max_restarts:
+            run.launch(config)
+            return launch_ranks(run, config, ranks)
         from ddptrain.launch.worker import run_rank
 
         stop_request = _listen(Place())
         return run_rank(config, Place(), phases, overrides=overrides, stop_request=stop_request)
-    run.launched.write_text(yaml.safe_dump(to_plain(config)))
-    return launch_ranks(run, config, ranks)
 
 
 def _rank(parsed: argparse.Namespace) -> int:
@@ -170,8 +140,9 @@ def _rank(parsed: argparse.Namespace) -> int:
     check_world_size(config, place.world_size)
     end_if_stopped(config.resilience.hang_seconds)
     # A start after a node was lost counts as the first: whether it is, the agents' store tells.
-    if place.rank == 0 and place.restarts == 0 and config.run.resume is not Resume.never:
-        check_directory(config)
+    is_first = place.rank == 0 and place.restarts == 0 and LAUNCHED not in os.environ
+    if is_first and config.run.resume is not Resume.never:
+        check_launch(config)
     from ddptrain.launch.worker import run_rank
 
     overrides = parsed.overrides
@@ -192,6 +163,13 @@ def _worker(parsed: argparse.Namespace) -> int:
     return run_rank(
         config, place, phases, overrides=[], stop_request=stop_request, errors_on_screen=False
     )
+
+
+def _node(_: argparse.Namespace) -> int:
+    """Be the agent of a node that `ddptrain train` has started through Slurm."""
+    from ddptrain.launch.slurm import be_node
+
+    return be_node()
 
 
 def _verify(parsed: argparse.Namespace) -> int:
@@ -220,15 +198,12 @@ def _config(parsed: argparse.Namespace) -> int:
 
 def _rerun(parsed: argparse.Namespace) -> int:
     _refuse_under_torchrun("rerun")
+    from ddptrain.observe.difference import since
+
     run = RunDirectory(parsed.run.absolute())
     config, provenance = run.load(), run.provenance()
-    now = origin()
-    then = {key: provenance.get(key, {}) for key in now}
-    different = changes(flatten(then), flatten(now))
     print(f"repeating {run.path}")
-    if now["git_commit"] is None:
-        different.append("the folder is in no git repository: what differs in code cannot be told")
-    for change in different or ["the code and versions are the same"]:
+    for change in since(run) or ["the code and versions are the same"]:
         print(f"  {change}")
     config.run.dir = config.checkpoint.dir = None
     config.run.resume = Resume.auto
@@ -272,6 +247,13 @@ def _sample(parsed: argparse.Namespace) -> int:
     return sample(run, config, parsed.checkpoint, parsed.prompt, parsed.length)
 
 
+def _replay(parsed: argparse.Namespace) -> int:
+    run, config = _stored(parsed)
+    from ddptrain.launch.replay import replay
+
+    return replay(run, config, parsed.step)
+
+
 def _diff(parsed: argparse.Namespace) -> int:
     from ddptrain.observe.difference import circumstances, compare
 
@@ -285,14 +267,17 @@ def _diff(parsed: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "submit": _submit,
     "config": _config,
     "rerun": _rerun,
     "evaluate": _evaluate,
     "export": _export,
     "sample": _sample,
+    "replay": _replay,
     "diff": _diff,
     "rank": _rank,
     "worker": _worker,
+    "node": _node,
     "verify": _verify,
     "verify-rank": _verify_rank,
 }

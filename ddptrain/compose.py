@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddptrain.config import BUILT, Config, check
 from ddptrain.errors import Refused
+from ddptrain.snapshot import code_folder, make_importable
 from ddptrain.targets import check_arguments, suggest
 from ddptrain.trust import check_targets
 
@@ -33,7 +33,7 @@ PACKAGE = Path(__file__).resolve().parent
 def config_trees() -> list[Path]:
     """The built-in Hydra tree, then the user's: `conf/` in the folder they started from."""
     built_in = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())
-    own = Path.cwd() / "conf"
+    own = code_folder() / "conf"
     if not own.is_dir() or own.resolve() == built_in:
         return [built_in]
     for file in own.rglob("*.yaml"):
@@ -142,13 +142,6 @@ def _headless(experiment: str) -> Refused:
         f"conf/experiment/{experiment}.yaml: expected keys below a first line that says "
         "`# @package _global_`; without it they land under `experiment`"
     )
-
-
-def make_importable() -> None:
-    """Let a `_target_` name a module in the folder that the user started from."""
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
 
 
 def validate(plain: dict[str, Any]) -> Config:

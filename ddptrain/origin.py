@@ -11,6 +11,8 @@ from typing import Any
 
 PACKAGES = ("ddptrain", "torch", "numpy", "hydra-core", "safetensors", "torchmetrics")
 DIFF = "code.diff"
+KINDS = (".py", ".yaml", ".yml", ".toml")
+"""How the names of code and configs end."""
 
 
 def origin() -> dict[str, Any]:
@@ -35,18 +37,32 @@ def versions() -> dict[str, str]:
 def _git_changes() -> dict[str, str]:
     """Digests, by name, of the files that are not as in the commit.
 
-    Of files that git does not know only code and configs count, and none of a run's directory.
+    Of files that git does not know only code and configs count.
     """
     root = _git("rev-parse", "--show-toplevel")
     if root is None:
         return {}
     changed = _names("-C", root, "diff", "HEAD", "--name-only", "-z")
-    unknown = [
-        name
-        for name in _names("-C", root, "ls-files", "--others", "--exclude-standard", "-z")
-        if name.endswith((".py", ".yaml")) and not (Path(root, name).parent / DIFF).exists()
-    ]
+    unknown = new_code(Path(root))
     return {name: _digest(Path(root, name)) for name in sorted({*changed, *unknown})}
+
+
+def known_files(folder: Path) -> list[str]:
+    """The files below ``folder`` that git knows; none outside of git."""
+    return _names("-C", str(folder), "ls-files", "-z")
+
+
+def new_code(folder: Path) -> list[str]:
+    """Code and configs below ``folder`` that git does not know, nor ignores; none of a run's."""
+    found = _names("-C", str(folder), "ls-files", "--others", "--exclude-standard", "-z")
+    # All folders that the file is in, but not ``folder`` itself.
+    above = {name: [folder / part for part in Path(name).parents][:-1] for name in found}
+    return [n for n in found if n.endswith(KINDS) and not any(map(is_of_run, above[n]))]
+
+
+def is_of_run(folder: Path) -> bool:
+    """Whether a folder is a run's directory."""
+    return (folder / DIFF).exists()
 
 
 def _digest(file: Path) -> str:

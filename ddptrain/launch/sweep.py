@@ -6,13 +6,17 @@ import json
 import math
 import subprocess
 import sys
+import time
+from itertools import product
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from ddptrain.compose import compose, config_trees, hydra_arguments, parse, whole_sections
-from ddptrain.errors import EXIT_COMPLETED, TrainingError
+from ddptrain.errors import EXIT_COMPLETED, Refused, Stopped, TrainingError
+from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, heard
 from ddptrain.run_directory import open_directory
 
 
@@ -49,11 +53,38 @@ def sweep(overrides: list[str]) -> int:
         "hydra/hydra_logging=none",
     ]
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
-    trial()
+    try:
+        trial()
+    except KeyboardInterrupt:
+        print(_summary(values))
+        told = "the sweep was interrupted; a trial that was under way has saved"
+        raise Stopped(told) from None
     print(_summary(values))
     if failed:
         raise TrainingError(f"{len(failed)} trials failed: {'; '.join(failed)}")
     return EXIT_COMPLETED
+
+
+def combination(overrides: list[str], number: int) -> list[str]:
+    """The overrides of one trial of a grid, counted as a sweep does: the last key changes fastest.
+
+    Raises ``Refused`` if there are not so many.
+    """
+    choices = [
+        _values(override) if override.is_discrete_sweep() else [str(override.input_line)]
+        for override in parse(overrides)
+    ]
+    count = math.prod(map(len, choices))
+    if not 0 <= number < count:
+        raise Refused(f"--trial {number}: there are {count} combinations, 0 to {count - 1}")
+    chosen = list(product(*choices))[number]
+    print(f"trial {number} of {count}: {' '.join(chosen)}", flush=True)
+    return list(chosen)
+
+
+def _values(override: Override) -> list[str]:
+    """An override for each of the values that one names."""
+    return [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
 
 
 def _check_values(overrides: list[str]) -> None:
@@ -67,7 +98,7 @@ def _check_values(overrides: list[str]) -> None:
             if not override.is_sweep_override():
                 first.append([line])
             continue
-        values = [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
+        values = _values(override)
         first.append(values[:1])
         others.append((len(first) - 1, values[1:]))
     chosen = [line for lines in first for line in lines]
@@ -85,10 +116,19 @@ def run_trial(overrides: list[str], told: str) -> float | None:
     config = compose(overrides)
     run = open_directory(config, overrides)
     print(f"\ntrial: {told}", flush=True)
-    command = [sys.executable, "-m", "ddptrain", "train", *overrides, f"run.dir={run.path}"]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise TrainingError(f"{told} exited {done.returncode}")
+    command = [*DDPTRAIN, "train", *overrides, f"run.dir={run.path}"]
+    with heard() as came:
+        process = subprocess.Popen(command)
+        asked = False
+        while process.poll() is None:
+            while came:
+                asked = True
+                process.send_signal(came.popleft())
+            time.sleep(POLL_SECONDS)
+    if asked:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise TrainingError(f"{told} exited {process.returncode}")
     metrics = json.loads(run.result.read_text())["metrics"]
     if config.checkpoint.metric not in metrics:
         return None

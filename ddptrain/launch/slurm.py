@@ -1,0 +1,241 @@
+"""In a job of Slurm: starts an agent on each node, stops in time, and has the job go on later."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from socket import create_server
+
+from ddptrain.compose import to_plain
+from ddptrain.config import Config, Resume, check_world_size
+from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, TrainingError
+from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, Store, heard
+from ddptrain.launch.local import RESTARTS, count_ranks
+from ddptrain.place import interface_of, refuse_tasks
+from ddptrain.remembered import LAUNCHED, launched
+from ddptrain.resilience.crashes import LAUNCH, Crashes
+from ddptrain.resilience.preemption import heeded
+from ddptrain.run_directory import RunDirectory
+from ddptrain.screen import say
+
+ENDPOINT, ADDRESSES = "DDPTRAIN_ENDPOINT", "DDPTRAIN_ADDRESSES"
+"""Where the agents meet, and under which address each of them is reached, for the agents."""
+FIRST_PSEUDO_STEP = 0xFFFFFFF0
+"""From here on are batch scripts, interactive shells and the like, which no srun has started."""
+MARGIN_SECONDS = 60.0
+"""So long before its end a job should have saved, besides the time that saving takes."""
+REQUEUE_SECONDS = 60.0
+"""So long Slurm takes at most to end what it starts again."""
+OF_TASKS = (
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
+    "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_DISTRIBUTION",
+)  # fmt: skip
+"""What sbatch was told of tasks, which srun would take for what it is told."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The nodes of a job, on which this process is to start ranks. ``name`` tells it from others.
+
+    Of an array's tasks each has a name of its own.
+    """
+
+    job: str
+    name: str
+    nodes: int
+    is_batch: bool
+
+    @classmethod
+    def here(cls) -> Allocation | None:
+        """That of a batch script or of salloc; None for a single process and outside of Slurm.
+
+        Raises ``Refused`` if srun has started several of this process.
+        """
+        found = os.environ
+        job = found.get("SLURM_JOB_ID")
+        if job is None:
+            return None
+        if int(found.get("SLURM_STEP_ID", FIRST_PSEUDO_STEP)) < FIRST_PSEUDO_STEP:
+            refuse_tasks()
+            return None
+        array = found.get("SLURM_ARRAY_JOB_ID")
+        name = f"{array}_{found['SLURM_ARRAY_TASK_ID']}" if array else job
+        nodes = int(found.get("SLURM_JOB_NUM_NODES", "1"))
+        return cls(job, name, nodes, found.get("ENVIRONMENT") == "BATCH")
+
+    def find_itself(self, config: Config) -> None:
+        """Have a batch job come back to its run, for whatever reason Slurm starts it again."""
+        if self.is_batch and config.run.dir is None:
+            config.run.dir = str(Path("runs") / str(config.run.name) / f"slurm-{self.name}")
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            config.run.resume = Resume.auto  # it was held against what there was at first
+
+    def addresses(self) -> dict[str, str]:
+        """The nodes by name, with the address at which Slurm reaches each: it need not resolve."""
+        told = ask("scontrol", "show", "node", os.environ["SLURM_JOB_NODELIST"])
+        return dict(re.findall(r"NodeName=(\S+).*?NodeAddr=(\S+)", told, re.DOTALL))
+
+    def cpus_per_node(self) -> int:
+        """Of the nodes' numbers of CPUs, such as ``8(x3),4``, the smallest."""
+        counts = re.sub(r"\(x\d+\)", "", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+        return min(map(int, counts.split(",")))
+
+    def seconds_left(self) -> float | None:
+        """Until the job's time is up; None if it has no limit, or that cannot be told."""
+        if end := os.environ.get("SLURM_JOB_END_TIME"):
+            return float(end) - time.time()
+        try:
+            told = ask("squeue", "--noheader", f"--jobs={self.job}", "--format=%e")
+            return datetime.fromisoformat(told.strip()).timestamp() - time.time()
+        except (TrainingError, ValueError):
+            return None
+
+
+def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
+    """Train on all nodes of a job; return the exit code.
+
+    A batch job that was stopped before its time was up, or by a signal to its steps, is requeued,
+    and goes on in its next start; one that failed is not, nor one that was cancelled.
+    """
+    began = time.time()
+    os.environ[LAUNCH] = f"slurm-{allocation.name}"  # over requeues, too
+    addresses = allocation.addresses()
+    store = Store(create_server(("", 0)))
+    store.thread.start()
+    here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
+    variables = {k: v for k, v in os.environ.items() if k not in OF_TASKS}
+    variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{store.port}", json.dumps(addresses)
+    variables[LAUNCHED] = json.dumps(to_plain(config))
+    srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
+    srun += [f"--nodes={allocation.nodes}", f"--ntasks={allocation.nodes}"]
+    srun += [f"--cpus-per-task={allocation.cpus_per_node()}", *config.slurm.srun]
+    before = _written(run)
+    with heard() as signals:
+        # A session of its own: Ctrl-C is for the ranks, and srun would ask for a second one.
+        process = subprocess.Popen(
+            [*srun, *DDPTRAIN, "node"], env=variables, start_new_session=True
+        )
+        asked = _wait(process, allocation, config.resilience.grace_seconds, signals)
+        if process.returncode == 0:
+            return EXIT_COMPLETED
+        if _written(run) == before or run.outcome().get("status") != "stopped":
+            _tell_cause(run, began)
+            return EXIT_FAILED
+        if allocation.is_batch and not {signal.SIGTERM, signal.SIGINT} & asked:
+            _requeue(allocation, signals)
+    return EXIT_STOPPED
+
+
+def _tell_cause(run: RunDirectory, began: float) -> None:
+    """Repeat the first error after all that agents say, if a rank could still note it."""
+    for crash in Crashes(run.crashes).of_launch()[-1:]:
+        if crash.time > began:
+            say(f"ddptrain: {crash.error}", sys.stderr)
+
+
+def _written(run: RunDirectory) -> int:
+    return run.result.stat().st_mtime_ns if run.result.exists() else 0
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    allocation: Allocation,
+    grace_seconds: float,
+    signals: deque[signal.Signals],
+) -> set[signal.Signals]:
+    """Wait for the ranks to end; hand on signals to them, and in time one of our own.
+
+    Returns the signals that came. Slurm sends its own (``--signal``) to steps, not to who waits.
+    """
+    asked: set[signal.Signals] = set()
+    tellers: list[subprocess.Popen[bytes]] = []
+    left = allocation.seconds_left()
+    at = math.inf
+    if left is not None:
+        at = time.monotonic() + left - min(grace_seconds + MARGIN_SECONDS, left / 4)
+    while process.poll() is None:
+        told = [signals.popleft() for _ in range(len(signals))]
+        asked |= set(told)
+        if time.monotonic() > at:
+            say("the job's time is nearly up: it stops, to go on later", sys.stderr)
+            told, at = [*told, signal.SIGUSR1], math.inf
+        for number in told:
+            command = ["scancel", f"--signal={int(number)}", allocation.job]
+            tellers.append(subprocess.Popen(command))
+        time.sleep(POLL_SECONDS)
+    for teller in tellers:  # of a job that Slurm itself ends it tries for half a minute
+        teller.kill()
+        teller.wait()
+    return asked
+
+
+def _requeue(allocation: Allocation, signals: deque[signal.Signals]) -> None:
+    """Have Slurm start the job again, which ends this process."""
+    try:
+        ask("scontrol", "requeue", allocation.job)
+    except TrainingError as error:
+        say(
+            f"ddptrain: job {allocation.job} goes on when it is submitted again: {error}",
+            sys.stderr,
+        )
+    else:
+        # Before that its own end could be taken for that of the next start.
+        until = time.monotonic() + REQUEUE_SECONDS
+        while signal.SIGTERM not in signals and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+
+
+def be_node() -> int:
+    """Be the agent of this node's ranks, which meets those of the others; return the exit code."""
+    found = os.environ
+    config = launched(found[LAUNCHED])
+    nodes = int(found["SLURM_STEP_NUM_NODES"])
+    ranks = count_ranks(config)
+    check_world_size(config, nodes * ranks)
+    host, _, port = found[ENDPOINT].rpartition(":")
+    restarts = config.launch.max_restarts
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    found.setdefault("OMP_NUM_THREADS", str(threads))
+    here = json.loads(found[ADDRESSES])[found["SLURMD_NODENAME"]]
+    if config.launch.interface is None and (interface := interface_of(here)) is not None:
+        found.setdefault("GLOO_SOCKET_IFNAME", interface)
+    step = f"{found['SLURM_JOB_ID']}.{found.get('SLURM_RESTART_COUNT', 0)}.{found['SLURM_STEP_ID']}"
+    arguments = [
+        *(f"--nnodes={nodes}", f"--nproc-per-node={ranks}"),
+        f"--max-restarts={RESTARTS if restarts is None else restarts}",
+        *("--rdzv-backend=c10d", "--rdzv-conf=is_host=0", f"--rdzv-id={step}"),
+        f"--rdzv-endpoint={host or found['SLURM_LAUNCH_NODE_IPADDR']}:{port}",
+        f"--local-addr={here}",
+        f"--signals-to-handle={','.join(number.name for number in heeded())}",
+        *("-m", "ddptrain", "rank"),
+    ]
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(arguments)
+    except (ChildFailedError, SignalException):
+        return EXIT_FAILED  # what there is to say of it the ranks have said
+    return EXIT_COMPLETED
+
+
+def ask(*command: str) -> str:
+    """What a command of Slurm's prints. Raises ``TrainingError``."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise TrainingError(f"{command[0]} is not there: load Slurm's module") from None
+    except subprocess.CalledProcessError as error:
+        raise TrainingError(f"{' '.join(command)}: {error.stderr.strip()}") from None
+    return done.stdout
