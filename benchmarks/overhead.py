@@ -5,7 +5,8 @@
 In each round every contender is started on two ranks with one thread each, and paused when it is
 warm. Then they take turns, a second and a half each, the others stopped: whatever slows the machine
 slows all of them alike. Figures are medians over turns; ratios are taken within a turn, then their
-median. The contender "exact" is ddptrain with parallel.reduction=exact.
+median. The contender "exact" is ddptrain with parallel.reduction=exact, "unwatched" is ddptrain
+without a watchdog, if it is asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ HERE = Path(__file__).resolve().parent
 RANKS = 2
 SLICE_SECONDS = 1.5
 SETTLE = 2  # steps at the beginning of a turn that do not count
-REDUCTIONS = {"ddptrain": "mean", "exact": "exact"}
+VARIANTS = {
+    "ddptrain": [],
+    "exact": ["parallel.reduction=exact"],
+    "unwatched": ["resilience.hang_seconds=null"],
+}
 Measures = dict[str, float]
 Results = dict[tuple[str, str], list[Measures]]
 
@@ -39,7 +44,7 @@ def command(contender: str, case: str, folder: Path) -> list[str]:
     """The command that trains ``case`` with ``contender``."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", str(RANKS)]
-    if contender not in REDUCTIONS:
+    if contender not in VARIANTS:
         return [*torchrun, str(HERE / "loops.py"), contender, case]
     return [
         *torchrun,
@@ -53,8 +58,8 @@ def command(contender: str, case: str, folder: Path) -> list[str]:
         f"train.micro_batch_size={BATCH_PER_RANK[case]}",
         f"optim.lr={LEARNING_RATE}",
         "log.every_steps=50",
-        f"parallel.reduction={REDUCTIONS[contender]}",
         "train.device=cpu",
+        *VARIANTS[contender],
     ]
 
 
@@ -206,7 +211,7 @@ def main() -> None:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave no contender behind, paused
     rivals = [n for n in ("accelerate", "lightning") if importlib.util.find_spec(n)]
-    contenders = given.contenders or ["hand", *REDUCTIONS, *rivals]
+    contenders = given.contenders or ["hand", "ddptrain", "exact", *rivals]
     results: Results = {}
     for round_number in range(given.rounds):
         for case in given.cases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from launching import DDPTRAIN, PROJECT, TORCHRUN, Finished, read_result, run
+from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, Finished, read_result, run, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from ddptrain.run_directory import _create_new
+from ddptrain.files import make_new
 
 SHORT = ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6", "log.every_steps=3"]
 
@@ -136,7 +137,7 @@ def test_no_two_runs_get_one_directory(tmp_path: Path, monkeypatch: pytest.Monke
         random.SystemRandom, "choices", lambda *_, k: [next(letters) for _ in range(k)]
     )
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
-    made = [_create_new(tmp_path).name for _ in range(2)]
+    made = [make_new(tmp_path).name for _ in range(2)]
     assert made == ["20260101-000000-same", "20260101-000000-else"]
 
 
@@ -221,3 +222,38 @@ def test_output_that_is_not_written_is_no_success() -> None:
         shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
     assert shown.returncode == 1
     assert b"No space left" in shown.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_interrupted_has_its_trial_save(tmp_path: Path, number: int) -> None:
+    slow = [*SHORT, "data.train.seconds=0.05", "train.max_steps=1000", "seed=1,2"]
+    folder = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    sweep = start([*DDPTRAIN, "train", "--multirun", *slow], folder)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not list(folder.glob("runs/ragged/*/metrics.jsonl")):
+        assert sweep.poll() is None, sweep.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sweep.send_signal(number)
+    _, err = sweep.communicate(timeout=LIMIT_SECONDS)
+    assert sweep.returncode == 75, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("ddptrain: the sweep was interrupted")
+    (trial,) = folder.glob("runs/ragged/*/")
+    assert read_result(trial)["status"] == "stopped"
+
+
+def test_a_command_that_is_interrupted_says_so_in_a_line(trained: Path, tmp_path: Path) -> None:
+    """While it reads a data set that takes ten seconds for a sample."""
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["data"]["train"]["seconds"] = 10.0
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    command = start([*DDPTRAIN, "replay", str(run_dir), "11"], trained.parents[1])
+    assert command.stdout is not None
+    assert command.stdout.readline().startswith("replaying step 11")
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=LIMIT_SECONDS)
+    assert command.returncode == 1
+    assert err.splitlines()[-1] == "ddptrain: interrupted"
+    assert "Traceback" not in err

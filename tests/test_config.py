@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from ddptrain.compose import PACKAGE, compose, config_trees, flatten, options, to_plain, validate
 from ddptrain.config import Config, check_world_size
 from ddptrain.errors import Refused
+from ddptrain.place import choose_interface, interface_of
 
 DIGITS = "experiment=digits"
 Plain = dict[str, Any]
@@ -244,7 +245,7 @@ def test_a_wrong_override_names_the_key_and_what_is_expected(override: str, told
         ("launch.nproc_per_node", "many", "launch.nproc_per_node: expected 'auto' or a number"),
         ("launch.nproc_per_node", 0, "launch.nproc_per_node: expected 'auto' or a number"),
         ("train.grad_clip", 1, "train.grad_clip: expected a section with max_norm, got 1"),
-        ("launch", 5, "launch: expected a section with nproc_per_node, max_restarts, got 5"),
+        ("launch", 5, "launch: expected a section with nproc_per_node, max_restarts, interface"),
         ("model.channels", "wide", "model.channels: expected int, got 'wide'"),
         ("model.dropout", [1], "model.dropout: expected float, got [1]"),
         ("schedule.warmup", True, "schedule.warmup: expected float, got True"),
@@ -393,7 +394,10 @@ POSITIVE = [
     *("train.grad_clip.max_norm", "eval.every_steps", "eval.micro_batch_size", "log.every_steps"),
     *("checkpoint.every_steps", "checkpoint.keep_last", "parallel.bucket_mb"),
 ]
-NOT_NEGATIVE = ["checkpoint.keep_best", "data.workers", "launch.max_restarts"]
+NOT_NEGATIVE = [
+    *("checkpoint.keep_best", "checkpoint.keep_faults"),
+    *("data.workers", "launch.max_restarts"),
+]
 
 
 @pytest.mark.parametrize(
@@ -486,6 +490,7 @@ def test_every_key_of_the_schema_has_a_value_in_conf() -> None:
         ("log/default", "log."),
         ("resilience/default", "resilience."),
         ("parallel/ddp", "parallel."),
+        ("slurm/default", "slurm."),
     ):
         content = yaml.safe_load((BUILT_IN / f"{file}.yaml").read_text())
         content.pop("defaults", None)
@@ -579,9 +584,11 @@ WORDS = st.sampled_from(
 @given(words=st.lists(WORDS, min_size=1, max_size=6))
 def test_whatever_is_typed_is_taken_or_refused_in_one_line(words: list[str]) -> None:
     try:
-        compose([DIGITS, "".join(words)])
+        composed = compose([DIGITS, "".join(words)])
     except Refused as error:
         one_line(error)
+    else:
+        assert composed.train.global_batch_size
 
 
 VALUES = st.recursive(
@@ -682,3 +689,10 @@ def test_the_process_ends_with_the_code_of_a_refusal(folder: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("ddptrain: unknown key train.max_step;")
     assert done.stdout == ""
+
+
+def test_an_interface_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(Refused, match=r"launch\.interface=eth99: this machine has .*lo"):
+        choose_interface("eth99")
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None

@@ -35,6 +35,9 @@ def test_the_same_step_three_times_is_the_end(crashes: Crashes) -> None:
 def test_progress_between_failures_begins_the_count_anew(crashes: Crashes) -> None:
     fail(crashes, 7, 7, 8, 8, 9, 9)
     crashes.refuse_loop()
+    fail(crashes, 9)
+    with pytest.raises(TrainingError, match="step 9 has failed 3 times"):
+        crashes.refuse_loop()
 
 
 def test_of_the_ranks_of_a_start_the_one_with_the_cause_is_told(crashes: Crashes) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import DDPTRAIN, read_result, run, train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchmetrics import (
@@ -41,6 +43,7 @@ from ddptrain.evaluate import Addends, Evaluation, _in_eval_mode, _merge, _state
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
+from ddptrain.pulse import START_UP
 from ddptrain.tasks import Classification, Loss, Task
 from ddptrain.tasks.mean import Mean
 
@@ -310,7 +313,7 @@ class Odd(Task):
     """A task whose evaluation gives what is not one number."""
 
     def forward(self, batch: Any) -> Loss:
-        raise NotImplementedError
+        raise AssertionError("an evaluation calls update alone")
 
     def metrics(self) -> dict[str, Metric]:
         return {"table": MulticlassConfusionMatrix(CLASSES)}
@@ -352,14 +355,34 @@ def test_a_metric_that_is_not_one_number_is_named() -> None:
         evaluation(Odd()).run()
 
 
-def test_metrics_may_be_loaded_beside_training() -> None:
-    task = Inspecting()
-    made = evaluation(task)
-    made.prepare()
-    made.prepare()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert set(made.run()) == {"loss", "accuracy", "f1"}
+def test_what_a_library_draws_when_it_is_imported_changes_no_sample(tmp_path: Path) -> None:
+    """Samples draw from generators that the whole process shares."""
+    options = ["experiment=ragged", "log.tensorboard=false", "eval.every_steps=100"]
+    options += ["checkpoint.keep_best=0", "checkpoint.every_steps=null"]
+    quiet = train(tmp_path / "quiet", 1, *options)
+    drawing = [*options, "task._target_=drawing.Tagging", f"run.dir={tmp_path / 'drawing'}"]
+    ended = run([*DDPTRAIN, *drawing])
+    assert "drawing from step 0 on" in ended.stderr
+    assert read_result(tmp_path / "drawing")["weights_sha256"] == quiet["weights_sha256"]
+
+
+def test_importing_what_metrics_need_is_given_the_time_of_a_start() -> None:
+    """Wherever that is: in a log line, an evaluation, or a start that has nothing else to do."""
+    code = (
+        "import sys\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "from ddptrain import pulse\n"
+        "from ddptrain.evaluate import Evaluation\n"
+        "class Tells(MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torchmetrics': print(pulse.now.phase)\n"
+        "sys.meta_path.insert(0, Tells())\n"
+        "pulse.enter('log line', 3)\n"
+        "Evaluation.load()\n"
+        "print(pulse.now.phase, pulse.now.step)\n"
+    )
+    told = run([sys.executable, "-c", code]).stdout.splitlines()
+    assert told == [START_UP, "log line 3"]
 
 
 def test_micro_batches_of_an_evaluation_have_no_random_order() -> None:

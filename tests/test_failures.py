@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, Finished, run, start, tree
+from torch.utils.data import Dataset
+
+from ddptrain.data.fetch import Fetcher, Source
+from ddptrain.data.plan import Plan
+from ddptrain.errors import (
+    DataAway,
+    DataError,
+    LostWorker,
+    NonFiniteError,
+    PeerFailed,
+    TrainingError,
+)
+from ddptrain.resilience.failure import may_pass
 
 LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "launch.max_restarts=0"]
 UNDER_TORCHRUN = [*TORCHRUN, "2", "-m", "ddptrain"]
@@ -22,6 +38,11 @@ SHORT = ["experiment=ragged", "train.max_steps=12", "log.tensorboard=false", *AL
 
 def last_line(finished: Finished) -> str:
     return finished.stderr.strip().splitlines()[-1]
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 @pytest.fixture
@@ -77,6 +98,92 @@ def test_first_error_is_the_last_line(project: Path, fault: str, expected: str) 
         not (run_dir / "result.json").exists()
         or "failed" in (json.loads((run_dir / "result.json").read_text())["status"])
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (LostWorker("killed"), True),
+        (PeerFailed("gone"), True),
+        (OSError(errno.EIO, "away"), True),
+        (DataAway("sample 3"), True),
+        (caused(TrainingError("launched.yaml"), OSError(errno.EIO, "away")), True),
+        (DataError("sample 3"), False),
+        (OSError("the image is cut short"), False),
+        (PermissionError(errno.EACCES, "not yours"), False),
+        (KeyError("a bug"), False),
+        (NonFiniteError("the loss"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_what_stays(error: Exception, expected: bool) -> None:
+    assert may_pass(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ESTALE, "away"), DataAway),
+        (TimeoutError("no answer"), DataAway),
+        (FileNotFoundError(errno.ENOENT, "no such file"), DataError),
+        (OSError("the image is cut short"), DataError),
+        (ValueError("corrupt"), DataError),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_out_of_reach_is_told_from_one_that_is_corrupt(
+    error: Exception, kind: type[DataError], workers: int
+) -> None:
+    source = Source("train", Failing(error), Plan(4, 4, 4))
+    with pytest.raises(DataError, match="sample") as raised:
+        list(Fetcher(source, torch.device("cpu"), workers).steps(0, 1, 0, 1))
+    assert type(raised.value) is kind
+
+
+class Failing(Dataset[int]):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error
+
+
+LEAVE = """
+import logging, sys, time
+from torch.utils.data import DataLoader
+from ddptrain.resilience.failure import leave_now
+class Slow(logging.StreamHandler):
+    def flush(self): time.sleep(0.5)
+handler = Slow(sys.stdout)
+batches = iter(DataLoader(range(100), num_workers=2))
+next(batches)
+leave_now(75)
+"""
+KILLED = """
+import os, signal, time
+from torch.utils.data import DataLoader
+from ddptrain.resilience.failure import may_pass
+batches = iter(DataLoader(range(100), num_workers=1))
+next(batches)
+try:
+    os.kill(batches._workers[0].pid, signal.SIGKILL)
+    time.sleep(60)
+except RuntimeError as error:
+    assert may_pass(error)
+    os._exit(75)
+"""
+
+
+def test_a_worker_that_dies_at_any_moment_is_no_error_of_the_code() -> None:
+    """torch raises where the main thread happens to be."""
+    assert run([sys.executable, "-c", KILLED]).returncode == 75
+
+
+def test_workers_that_end_with_their_rank_do_not_change_its_exit_code() -> None:
+    """torch raises in the main thread, wherever that is, when a worker is killed."""
+    assert run([sys.executable, "-c", LEAVE]).returncode == 75
 
 
 def test_failing_worker_process_names_the_sample(project: Path) -> None:

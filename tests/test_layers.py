@@ -15,16 +15,18 @@ import ddptrain
 ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-GROUND = {"errors", "keys", "files", "parent", "place", "generators", "hashing",
+GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "generators", "hashing",
           "failpoints", "lagging", "pulse", "processes", "beside",
           "marks"}  # fmt: skip
-PLAIN = GROUND | {"config", "targets", "compose", "origin", "permitted", "run_directory", "state",
-                  "trust"}  # fmt: skip
+PLAIN = GROUND | {"config", "targets", "compose", "origin", "permitted", "run_directory",
+                  "snapshot", "state", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "keys": set(),
-    "files": {"errors"},
+    "files": set(),
+    "claim": {"errors", "files"},
+    "screen": set(),
     "place": {"errors"},
     "generators": set(),
     "parent": set(),
@@ -42,9 +44,10 @@ ALLOWED: dict[str, set[str]] = {
     "permitted": set(),
     "trust": {"errors", "permitted", "sources"},
     "state": {"errors"},
-    "compose": {"config", "errors", "targets", "trust"},
+    "snapshot": {"origin"},
+    "compose": {"config", "errors", "snapshot", "targets", "trust"},
     "origin": set(),
-    "run_directory": {"compose", "config", "errors", "files", "origin"},
+    "run_directory": {"claim", "compose", "config", "errors", "files", "origin"},
     "remembered": {"compose", "config", "files", "place"},
     # The parts know nothing of each other, nor of the config: a user may use one alone.
     "models": set(),
@@ -68,10 +71,12 @@ ALLOWED: dict[str, set[str]] = {
     | {"models", "account", "fingerprints", "step", "evaluate", "checkpoint", "observe",
        "resilience", "setbacks", "run", "loop"},
     "launch": PLAIN | PARTS
-    | {"evaluate", "checkpoint", "observe", "resilience", "loop", "build"},
+    | {"evaluate", "checkpoint", "observe", "resilience", "remembered", "setbacks", "loop",
+       "build"},
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
-    "cli": PLAIN | {"remembered", "observe", "resilience", "launch", "verify"},
+    "command_line": {"compose"},
+    "cli": PLAIN | {"command_line", "remembered", "observe", "resilience", "launch", "verify"},
     "__main__": {"cli", "errors", "parent", "resilience"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import multiprocessing
 import os
+import random
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chaos.machine import small_disk
 
-from ddptrain.observe.loggers import JsonLines, read_json_lines
+from ddptrain.observe.loggers import JsonLines, TensorBoard, read_json_lines
+from ddptrain.observe.logs import Beside
 from ddptrain.observe.observer import History
 from ddptrain.run_directory import RunDirectory
 
+FORK = multiprocessing.get_context("fork")
 is_root = pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted by root alone")
 HEADER = {"step": 0, "names": ["weight"]}
 
@@ -47,6 +55,23 @@ def out_of_reach(folder: Path) -> Iterator[None]:
     finally:
         folder.unlink()
         aside.rename(folder)
+
+
+def test_nobody_waits_for_a_log_whose_disk_hangs(tmp_path: Path) -> None:
+    """A pipe that is full takes no more either, until somebody reads it."""
+    file = tmp_path / "log"
+    os.mkfifo(file)
+    disk = os.open(file, os.O_RDWR)
+    log = Beside(file)
+    lines = [f"{number} {'-' * 100}" for number in range(2000)]
+    for line in lines:
+        log.handle(logging.makeLogRecord({"msg": line}))
+    log.flush()  # for a while
+    with os.fdopen(disk, "r") as stream:
+        assert [stream.readline().strip() for _ in lines] == lines
+        log.handle(logging.makeLogRecord({"msg": "last"}))
+        log.flush()
+        assert stream.readline() == "last\n"
 
 
 def write(lines: JsonLines, first: int, last: int, fails: bool) -> None:
@@ -82,6 +107,32 @@ def test_the_next_start_writes_what_the_last_one_could_not(disk: Path, tmp_path:
     write(last, 19, 21, fails=False)
     last.close()
     assert steps(disk / "lines") == list(range(1, 22))
+
+
+def test_a_kill_at_any_moment_loses_no_line_that_is_kept_in_memory(tmp_path: Path) -> None:
+    kept = 0
+    for _ in range(20):
+        told = FORK.Value("i", 0, lock=False)
+        process = FORK.Process(target=_keep_lines, args=[tmp_path, told])
+        process.start()
+        while told.value < 20:
+            assert process.is_alive()
+        time.sleep(random.uniform(0, 0.003))  # or it would always be at the same moment
+        process.kill()
+        process.join()
+        found = steps(tmp_path / "spill")
+        assert found == list(range(1, len(found) + 1))
+        assert len(found) >= told.value
+        kept += len(found)
+    assert kept >= 20 * 20
+
+
+def _keep_lines(folder: Path, told: Any) -> None:
+    lines = JsonLines(folder / "is" / "away", 0, folder / "spill")
+    for step in range(1, 100_000):
+        with contextlib.suppress(OSError):
+            lines.write({"step": step, "padding": "-" * 20_000})
+        told.value = step
 
 
 def test_lines_of_starts_that_never_reached_the_disk_wait_for_one_that_does(
@@ -154,3 +205,28 @@ def test_a_start_counts_although_it_could_not_be_written(tmp_path: Path) -> None
     assert [line["step"] for line in read_json_lines(run.attempts)] == [0, 4, 6, 8, 12]
     for memory in run.memories():
         shutil.rmtree(memory, ignore_errors=True)
+
+
+@is_root
+def test_a_full_disk_has_no_thread_of_tensorboard_show_a_traceback(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer raises what the thread has failed with; other threads are told of as ever."""
+    told: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: told.append(str(failed.exc_value)))
+    board = TensorBoard(disk / "tensorboard", 0, "config")
+    board.log(1, "train", {"loss": 1.0})
+    fill(disk)
+
+    def go_on() -> None:
+        for step in range(2, 3000):
+            board.log(step, "train", {"loss": 1.0})
+            assert board.opened is not None
+            board.opened.flush()
+
+    with pytest.raises(OSError, match="No space left"):
+        go_on()
+    broken = threading.Thread(target=lambda: [][0])
+    broken.start()
+    broken.join()
+    assert told == ["list index out of range"]

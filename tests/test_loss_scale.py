@@ -23,7 +23,7 @@ def scale_at(value: float, finite_steps: int = 0) -> LossScale:
 
 def test_a_step_that_overflows_halves_it() -> None:
     scale = scale_at(4096.0, finite_steps=500)
-    assert not scale.update(BAD)
+    assert not scale.update(BAD, GOOD)
     assert scale.value == 2048.0
     assert scale.finite_steps == 0
 
@@ -31,32 +31,38 @@ def test_a_step_that_overflows_halves_it() -> None:
 def test_a_thousand_finite_steps_double_it() -> None:
     scale = LossScale(CPU, initial=256.0)
     for step in range(1, 2 * GROWTH_INTERVAL + 1):
-        assert not scale.update(GOOD)
+        assert not scale.update(GOOD, GOOD)
         assert scale.value == 256.0 * 2 ** (step // GROWTH_INTERVAL)
 
 
 def test_an_overflow_just_before_starts_the_count_again() -> None:
     scale = scale_at(256.0, finite_steps=GROWTH_INTERVAL - 1)
-    scale.update(BAD)
+    scale.update(BAD, GOOD)
     for _ in range(GROWTH_INTERVAL - 1):
-        scale.update(GOOD)
+        scale.update(GOOD, GOOD)
     assert scale.value == 128.0
-    scale.update(GOOD)
+    scale.update(GOOD, GOOD)
     assert scale.value == 256.0
 
 
 def test_at_the_smallest_scale_the_numbers_themselves_are_at_fault() -> None:
     scale = scale_at(2 * SMALLEST)
-    assert not scale.update(BAD)
+    assert not scale.update(BAD, GOOD)
     assert scale.value == SMALLEST
-    assert scale.update(BAD)
+    assert scale.update(BAD, GOOD)
     assert scale.value == SMALLEST
-    assert not scale.update(GOOD)
+    assert not scale.update(GOOD, GOOD)
+
+
+def test_what_no_scale_makes_finite_is_a_fault_and_leaves_it_alone() -> None:
+    scale = scale_at(4096.0)
+    assert scale.update(BAD, BAD)
+    assert scale.value == 4096.0
 
 
 def test_it_grows_no_further_than_the_largest() -> None:
     scale = scale_at(LARGEST, finite_steps=GROWTH_INTERVAL - 1)
-    scale.update(GOOD)
+    scale.update(GOOD, GOOD)
     assert scale.value == LARGEST
 
 
@@ -72,7 +78,7 @@ def test_it_is_always_a_power_of_two_within_its_bounds(
     scale = scale_at(2.0**start, finite_steps)
     for is_bad in bad:
         before = scale.value.item()
-        fault = scale.update(torch.tensor(is_bad))
+        fault = scale.update(torch.tensor(is_bad), GOOD)
         assert fault.item() == (is_bad and before == SMALLEST)
         assert SMALLEST <= scale.value.item() <= LARGEST
         assert math.log2(scale.value.item()).is_integer()
@@ -84,7 +90,7 @@ def test_it_is_always_a_power_of_two_within_its_bounds(
 @pytest.mark.parametrize("bad", [GOOD, BAD])
 def test_it_stays_a_tensor_of_one_type(bad: torch.Tensor) -> None:
     scale = LossScale(CPU)
-    fault = scale.update(bad)
+    fault = scale.update(bad, GOOD)
     assert fault.dtype == torch.bool
     assert scale.value.dtype == scale.finite_steps.dtype == torch.float32
     assert scale.value.shape == scale.finite_steps.shape == ()

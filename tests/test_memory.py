@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,15 @@ import pytest
 import torch
 from chaos.machine import small_disk
 
-from ddptrain.checkpoint import leavings
+from ddptrain.checkpoint import leavings, writer
 from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.memory import SLOTS, Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.saved import MODEL
 from ddptrain.checkpoint.store import Store
+from ddptrain.claim import Claim
 from ddptrain.errors import CheckpointError
-from ddptrain.files import Claim
 from ddptrain.state import State
 
 FORK = multiprocessing.get_context("fork")
@@ -36,6 +37,18 @@ class Slow(Disk):
 
     def put(self, folder: str, name: str, source: Path, promised: dict[str, Any]) -> None:
         time.sleep(3.0)
+        super().put(folder, name, source, promised)
+
+
+class Hung(Disk):
+    """A store that neither takes a file nor fails, until it comes back."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.comes_back = threading.Event()
+
+    def put(self, folder: str, name: str, source: Path, promised: dict[str, Any]) -> None:
+        self.comes_back.wait()
         super().put(folder, name, source, promised)
 
 
@@ -96,6 +109,35 @@ def test_a_whole_snapshot_of_the_step_or_a_later_one_is_enough(tmp_path: Path, t
     where = build(tmp_path).rescue(state(20), *soon(True))
     assert where == str(tmp_path / "checkpoints" / f"step-{there:08d}")
     assert holds(where, there)
+
+
+def test_a_disk_that_cannot_be_read_keeps_nobody_from_a_rescue(tmp_path: Path) -> None:
+    """Snapshots would go there if there were no room in memory."""
+    kept = build(tmp_path)
+    unreadable = tmp_path / ("x" * 300)
+    with pytest.raises(OSError, match="too long"):
+        unreadable.is_dir()
+    kept.memory = Memory([tmp_path / "memory", unreadable])
+    kept.memory.sign(tmp_path, "identity")
+    assert holds(kept.rescue(state(15), *soon(False)), 15)
+
+
+def test_a_snapshot_cut_short_behind_our_back_is_made_anew(tmp_path: Path) -> None:
+    """To write to what is no longer there of a mapped file ends a process."""
+    process = FORK.Process(target=_cut_and_go_on, args=[tmp_path])
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert holds(str(tmp_path / "memory" / "step-00000003"), 3)
+
+
+def _cut_and_go_on(folder: Path) -> None:
+    kept = build(folder)
+    for step in (1, 2, 3):
+        if step == 3:
+            os.truncate(folder / "memory" / "step-00000001" / MODEL, 100)
+        kept.save(state(step), durable=False)
+        kept.settle()
 
 
 @root_only
@@ -221,6 +263,28 @@ def test_a_store_that_is_slow_to_fail_holds_up_nobody(tmp_path: Path) -> None:
     assert kept.memory.store.steps()[-1] == 20
 
 
+def test_a_store_that_hangs_holds_up_nobody_for_good(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system does whose server is away: it takes nothing, and does not fail."""
+    for name in ("SLOW_SECONDS", "HUNG_SECONDS"):
+        monkeypatch.setattr(writer, name, 0.2)
+    hung = Hung(tmp_path / "checkpoints")
+    kept = build(tmp_path, hung)
+    kept.writer.patience = 0.2
+    for step in range(1, 21):
+        kept.save(state(step), durable=True)
+    assert caplog.text.count("the checkpoint of step 1 is not yet written") == 1
+    assert "nothing has become durable for" in caplog.text
+    with pytest.raises(CheckpointError, match=r"of step 20 is not in .*: one is on its way"):
+        kept.writer.settle(seconds=0.0)
+    assert kept.memory.store.steps()[-1] == 20
+    hung.comes_back.set()
+    monkeypatch.undo()
+    kept.settle()
+    assert kept.store.steps() == [1, 20]
+
+
 def test_checkpoints_that_cannot_be_pruned_are_written_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,6 +296,23 @@ def test_checkpoints_that_cannot_be_pruned_are_written_all_the_same(
             (tmp_path / "checkpoints" / "step-00000001" / "folder").mkdir()
     assert kept.store.steps()[-2:] == [3, 4]
     assert caplog.text.count("old checkpoints could not be deleted") == 1
+
+
+def test_a_store_whose_last_checkpoint_is_damaged_gets_the_next_snapshot(tmp_path: Path) -> None:
+    """However long it were until the next one that is to be durable."""
+    before = build(tmp_path)
+    before.save(state(10), durable=True)
+    before.settle()
+    os.truncate(tmp_path / "checkpoints" / "step-00000010" / MODEL, 100)
+    kept = build(tmp_path)
+    kept.scrub()
+    assert kept.scrubbing is not None
+    kept.scrubbing.join()
+    for step in (11, 12):
+        kept.save(state(step), durable=False)
+        kept.settle()
+    assert 11 in kept.store.steps()
+    assert 12 not in kept.store.steps()
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

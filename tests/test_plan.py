@@ -83,6 +83,7 @@ def test_ranks_share_out_the_micro_batches_of_one_process(
     for rank, mine in enumerate(parts):
         count = len(alone)
         assert len(mine) == count * (rank + 1) // world_size - count * rank // world_size
+        assert all(plan.rank_of(batch, world_size) == rank for batch in mine)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 

@@ -10,10 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.media import Disk
 from ddptrain.checkpoint.memory import Memory
-from ddptrain.checkpoint.recovery import DURABLE, Offer, ranked
-from ddptrain.errors import Superseded
-from ddptrain.files import Claim
+from ddptrain.checkpoint.recovery import DURABLE, Offer, ranked, recover
+from ddptrain.checkpoint.retention import Retention
+from ddptrain.checkpoint.store import Store
+from ddptrain.claim import Claim
+from ddptrain.errors import CheckpointError, Superseded
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.place import Place
 from ddptrain.state import State
 
 
@@ -62,8 +68,24 @@ def test_a_start_that_was_cut_off_finds_that_another_has_taken_over(tmp_path: Pa
     with pytest.raises(Superseded, match=r"another start of this run has taken over.*process \d+"):
         cut_off.check()
     for claim in (cut_off, newer):
-        assert claim.file is not None
-        claim.file.close()
+        claim.lock.give_up()
+
+
+def test_a_store_that_has_held_a_checkpoint_is_no_new_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may have been begun by processes that were killed, however many."""
+    ranks = Ranks(Place(), torch.device("cpu"), None)
+    store = Store(Disk(tmp_path / "checkpoints"))
+    kept = Checkpoints(store, Memory([tmp_path / "memory"]), Retention(keep_last=2), "val/loss", {})
+    for step in (7, 9):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    assert recover(kept, ranks) is None
+    assert "step-00000009 (and 1 more) has no manifest" in caplog.text
+    store.write(10, {}, {"step": 10, "files": {}})
+    (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="its checkpoints are gone"):
+        recover(kept, ranks)
 
 
 def test_snapshots_that_turned_out_wrong_are_gone_and_their_place_is_used_again(

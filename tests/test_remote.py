@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from ddptrain.checkpoint.media import Remote
 from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.saved import MODEL, capture
-from ddptrain.checkpoint.store import MANIFEST, Store
-from ddptrain.errors import EXIT_REFUSED, CheckpointError, Refused
+from ddptrain.checkpoint.store import MANIFEST, OWNER, Store
+from ddptrain.errors import EXIT_REFUSED, CheckpointError, Refused, Superseded
 from ddptrain.run_directory import RunDirectory
 
 moto_server = pytest.importorskip("moto.server", reason="the dev extra installs moto and s3fs")
@@ -95,6 +96,59 @@ def test_a_store_at_any_url(url: str, tmp_path: Path) -> None:
     assert "step-00000002" not in medium.folders()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_that_was_cut_off_finds_another_in_the_store(url: str, tmp_path: Path) -> None:
+    """On another machine, with a run.dir of its own: the store is all that both have."""
+    starts = [Store(Remote(url), token=f"{uuid4().hex}:{uuid4().hex}") for _ in range(2)]
+    manifest = {"step": 1, "files": {}}
+    for store in starts:
+        store.claim()
+        store.write(1, {}, manifest)
+    with pytest.raises(Superseded, match="another start has taken over"):
+        starts[0].write(2, {}, manifest)
+    assert starts[1].steps() == [1]
+    survivor = Store(Remote(url), token=starts[0].token)  # which has claimed nothing itself
+    with pytest.raises(Superseded):
+        survivor.delete(1)
+    Store(Remote(url), token=starts[1].token).write(2, {}, manifest)
+    assert starts[1].steps() == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_that_found_the_store_away_has_it_later_unless_another_run_does(
+    url: str, tmp_path: Path
+) -> None:
+    before, late = (Store(Remote(url), token=f"one:{start}") for start in ("first", "second"))
+    other = Store(Remote(url), token="other:first")
+    before.claim()
+    late.write(1, {}, {"step": 1, "files": {}})
+    with pytest.raises(Superseded):
+        before.write(2, {}, {"step": 2, "files": {}})
+    other.claim()
+    still_later = Store(Remote(url), token="one:third")
+    with pytest.raises(Superseded):
+        still_later.write(2, {}, {"step": 2, "files": {}})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_whose_store_another_run_has_taken_is_not_started_again(tmp_path: Path) -> None:
+    shared = ["experiment=ragged", "train.max_steps=400", "log.tensorboard=false"]
+    shared += ["data.train.seconds=0.002", f"checkpoint.dir={tmp_path / 'kept'}"]
+    first = [*DDPTRAIN, "train", *shared, f"run.dir={tmp_path / 'first'}", "launch.max_restarts=3"]
+    running = start(first)
+    owner = tmp_path / "kept" / OWNER
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not owner.exists():
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    owner.write_text("another:start")
+    _, told = running.communicate(timeout=LIMIT_SECONDS)
+    assert running.returncode == 1
+    assert "another start has taken over this checkpoint.dir" in told.splitlines()[-1]
+    assert owner.read_text() == "another:start"
+
+
 def test_a_scheme_that_nobody_knows_is_refused() -> None:
     with pytest.raises(Refused, match=r"checkpoint\.dir=nowhere://a"):
         Remote("nowhere://a")
@@ -138,7 +192,9 @@ def test_what_a_start_may_do_is_held_against_a_store_elsewhere_too(tmp_path: Pat
     assert new.returncode == 0, new.stderr
     assert "starting the ranks again" in new.stderr
     under_torchrun = [*TORCHRUN, "1", "--max-restarts=1", "-m", "ddptrain", *few]
-    there = run([*under_torchrun, f"run.dir={tmp_path / 'third'}", "run.resume=never"])
+    there = run(
+        [*under_torchrun, f"run.dir={tmp_path / 'third'}", "train.max_steps=4", "run.resume=never"]
+    )
     assert there.returncode == 1, there.stderr  # of torchrun, which asks twice
     assert there.stderr.count("holds a checkpoint; name another checkpoint.dir") >= 2
     again = run([*one_rank, f"run.dir={tmp_path / 'fourth'}", "run.resume=must"])

@@ -18,6 +18,7 @@ from launching import (
     LIMIT_SECONDS,
     PROJECT,
     TORCHRUN,
+    environment,
     kill_tree,
     ranks_below,
     read_metrics,
@@ -27,6 +28,7 @@ from launching import (
     tree,
 )
 
+from ddptrain.data.plan import Plan
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.run_directory import RunDirectory
 
@@ -37,6 +39,7 @@ QUIET = [*ALONE, "checkpoint.memory_every_steps=null"]
 RUN = [*EXACT, *QUIET, "log.fingerprint_every=1", f"train.max_steps={STEPS}"]
 UNDER_TORCHRUN = [*TORCHRUN, "2", "--max-restarts=2", "-m", "ddptrain"]
 LAUNCHED = [*DDPTRAIN, "train", "launch.nproc_per_node=2"]
+HOLD_AT = 215  # a rank's forward, in step 38 or 40 of two ranks: no run is over before its fault
 Started = subprocess.Popen[str]
 Inject = Callable[[Started], None]
 
@@ -67,6 +70,11 @@ def steps_of(run_dir: Path) -> list[int]:
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
     """The log lines; of what a task logs, a rank that was killed took its share with it."""
     return [{k: v for k, v in line.items() if k != "accuracy"} for line in read_metrics(run_dir)]
+
+
+def held(folder: Path) -> list[str]:
+    """Options with which a run waits for the file ``go`` in a folder."""
+    return [f"task.hold_at={HOLD_AT}", f"task.hold={folder / 'go'}"]
 
 
 def wait_for(run_dir: Path, step: int, agent: Started) -> None:
@@ -111,10 +119,11 @@ def test_no_step_is_lost(
 ) -> None:
     clean, clean_dir = undisturbed
     run_dir = tmp_path / "run"
-    command = [*launcher, *RUN, "data.workers=1", f"run.dir={run_dir}"]
+    command = [*launcher, *RUN, *held(tmp_path), "data.workers=1", f"run.dir={run_dir}"]
     agent = start(command)
     wait_for(run_dir, 30, agent)
     inject(agent)
+    (tmp_path / "go").touch()
     ended, err = finish(agent)
     assert ended == code, err[-3000:]
     if code:
@@ -137,11 +146,12 @@ def test_all_ranks_killed_at_once_go_on_from_the_snapshot_in_memory(
     """Nobody is left to save, so what is lost is less than ``checkpoint.memory_every_steps``."""
     run_dir = tmp_path / "run"
     every = "checkpoint.memory_every_steps=8"
-    agent = start([*LAUNCHED, *RUN, every, f"run.dir={run_dir}"])
-    wait_for(run_dir, 45, agent)
+    agent = start([*LAUNCHED, *RUN, *held(tmp_path), every, f"run.dir={run_dir}"])
+    wait_for(run_dir, 30, agent)
     ranks = ranks_below(agent.pid)
     for process in ranks.values():
         os.kill(process, signal.SIGKILL)
+    (tmp_path / "go").touch()
     ended, err = finish(agent)
     assert ended == 0, err[-3000:]
     told = read_result(run_dir)
@@ -149,6 +159,92 @@ def test_all_ranks_killed_at_once_go_on_from_the_snapshot_in_memory(
     assert told["restarts"] == 1
     assert 0 <= told["lost_steps"] <= 8 + 8  # the newest may not have been sealed yet
     assert steps_of(run_dir) == list(range(1, STEPS + 1))
+
+
+def test_the_cause_is_told_before_what_comes_of_it_and_again_in_the_end(tmp_path: Path) -> None:
+    killed = ["task.culprit=1", "task.kill_at=60", "launch.max_restarts=0"]
+    ended, err = finish(start([*LAUNCHED, *RUN, *killed, f"run.dir={tmp_path / 'run'}"]))
+    assert ended == 1
+    lines = err.splitlines()
+    assert lines[0] == "rank 1: was killed by SIGKILL; the others save and leave"
+    assert lines[-1].startswith("rank 1: was killed by SIGKILL, without a word; its log: ")
+
+
+def test_a_terminal_that_is_closed_stops_a_run_and_loses_nothing(
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = [*UNDER_TORCHRUN, *RUN, *held(tmp_path), "data.workers=1", f"run.dir={run_dir}"]
+    ours, terminal = os.openpty()
+    agent = subprocess.Popen(
+        ["setsid", "--ctty", *command],
+        cwd=PROJECT,
+        env=environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        text=True,
+    )
+    os.close(terminal)
+    wait_for(run_dir, 30, agent)
+    os.close(ours)
+    (tmp_path / "go").touch()
+    ended, _ = finish(agent)
+    assert ended != 0
+    done = steps_of(run_dir)[-1]
+    assert read_result(run_dir)["status"] == "stopped"
+    ended, err = finish(start(command))
+    assert ended == 0, err[-3000:]
+    told = read_result(run_dir)
+    assert told["weights_sha256"] == undisturbed[0]["weights_sha256"]
+    assert (told["restarts"], told["lost_steps"]) == (1, 0)
+    assert steps_of(run_dir) == list(range(1, STEPS + 1))
+    assert read_json_lines(run_dir / "attempts.jsonl")[1]["step"] == done
+
+
+def test_a_worker_killed_in_the_first_step_is_no_reason_to_give_up(
+    undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Nor is a screen that takes no line."""
+    run_dir = tmp_path / "run"
+    plan = Plan(86, 24, 2)
+    first = plan.indices(plan.micro_batches(0)[0])[0]
+    killed = [f"data.train.kill_at={first}", f"data.train.once={tmp_path / 'once'}"]
+    command = [*LAUNCHED, *RUN, *killed, "data.workers=1", f"run.dir={run_dir}"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=PROJECT, env=environment(), stdout=full, stderr=full, check=False
+        )
+    assert done.returncode == 0
+    assert (tmp_path / "once").exists()
+    told = read_result(run_dir)
+    assert told["weights_sha256"] == undisturbed[0]["weights_sha256"]
+    assert told["restarts"] == 1
+
+
+def test_a_signal_between_two_starts_is_heeded(tmp_path: Path) -> None:
+    """Every start is killed; from the second on there is a pause."""
+    killed = ["data.train.kill_at=0", "launch.max_restarts=9", f"run.dir={tmp_path / 'run'}"]
+    agent = start([*LAUNCHED, *RUN, *killed])
+    assert agent.stderr is not None
+    while "starting the ranks again; at most 6 more times" not in (line := agent.stderr.readline()):
+        assert line, agent.wait()
+    agent.terminate()
+    ended, err = finish(agent)
+    assert ended == 75, err
+    assert err.splitlines()[-1].startswith("SIGTERM: ")
+    assert "stopped between two starts" in err
+
+
+def test_a_loss_scale_and_running_statistics_are_rescued_as_well(tmp_path: Path) -> None:
+    options = [*RUN, "train.precision=fp16", "model.batch_norm=true", "train.max_steps=40"]
+    clean = train(tmp_path / "clean", 1, *options)
+    killed = ["task.culprit=1", "task.kill_at=75", f"task.once={tmp_path / 'once'}"]
+    ended, err = finish(start([*LAUNCHED, *options, *killed, f"run.dir={tmp_path / 'killed'}"]))
+    assert ended == 0, err[-3000:]
+    told = read_result(tmp_path / "killed")
+    assert (told["restarts"], told["lost_steps"]) == (1, 0)
+    assert told["weights_sha256"] == clean["weights_sha256"]
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chaos.machine import small_disk
 from launching import (
     DDPTRAIN,
     LIMIT_SECONDS,
@@ -26,6 +29,7 @@ from launching import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddptrain.build import build_trainer
+from ddptrain.claim import LAUNCH_LOCK, Lock, launching
 from ddptrain.compose import compose
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.observe.phases import Phases
@@ -35,6 +39,7 @@ from ddptrain.run_directory import open_directory
 
 RANKS = 2
 EXACT = ("experiment=ragged", "parallel.reduction=exact")
+NO_BEST = ("checkpoint.keep_best=0",)
 Command = list[str]
 
 
@@ -182,11 +187,41 @@ def test_a_directory_that_another_run_is_writing_to_is_refused(tmp_path: Path) -
         assert second.returncode == 2
         (line,) = second.stderr.splitlines()
         assert f"{tmp_path} is in use by process {ranks_below(first.pid)[0]} on " in line
+        launch = Lock(tmp_path / LAUNCH_LOCK)
+        assert launch.is_taken()
+        assert launch.holder().startswith(f"process {first.pid} on ")
         # From which the first one takes its config at a restart.
         assert (tmp_path / "launched.yaml").read_text() == launched
     finally:
         kill_tree(first.pid)
         first.communicate()
+
+
+def test_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:
+    """Both know by a file of their own who may write."""
+    few = ["train.max_steps=6", "log.tensorboard=false", f"checkpoint.dir={tmp_path / 'run'}"]
+    assert train(tmp_path / "run", 2, "experiment=ragged", *few)["status"] == "completed"
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for wanted, why in ((file, "File exists"), (file / "run", "Not a directory")):
+        refused = run([*DDPTRAIN, "train", "experiment=ragged", f"run.dir={wanted}"], PROJECT)
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert f"{wanted} cannot be made or written to: {why}; name another run.dir" in line
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_directory_is_its_launchs_also_between_two_starts(tmp_path: Path, ranks: int) -> None:
+    with launching(tmp_path):
+        command = [*DDPTRAIN, "train", f"launch.nproc_per_node={ranks}", "experiment=ragged"]
+        second = run([*command, f"run.dir={tmp_path}"], PROJECT)
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert f"{tmp_path} is in use by process {os.getpid()} on " in line
+    assert [file.name for file in tmp_path.iterdir()] == [LAUNCH_LOCK]
 
 
 def test_a_line_that_spans_a_stop_is_that_of_an_undisturbed_run(
@@ -209,3 +244,54 @@ def test_a_line_that_spans_a_stop_is_that_of_an_undisturbed_run(
     resumed = build_trainer(config, ranks, directory, Phases())
     resumed.train()
     assert read_metrics(directory.path) == lines
+
+
+def test_checkpoints_of_another_config_are_refused_and_left_alone(tmp_path: Path) -> None:
+    short = ["train.max_steps=8", "log.tensorboard=false", "eval.every_steps=null", *NO_BEST]
+    train(tmp_path / "first", 1, *EXACT, *short)
+    there = tmp_path / "first" / "checkpoints"
+    before = {file: file.read_bytes() for file in there.rglob("*") if file.is_file()}
+    second = [*DDPTRAIN, "train", *EXACT, *short, "optim.lr=0.02", f"checkpoint.dir={there}"]
+    for ranks in (1, 2):
+        again = [*second, f"run.dir={tmp_path / 'second'}", f"launch.nproc_per_node={ranks}"]
+        done = run(again, PROJECT)
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert f"{there}/step-00000008 is of a run with another config: optim.lr: 0.01 → 0.02" in (
+            last
+        )
+    assert before == {file: file.read_bytes() for file in before}
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "checkpoints/*"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path: Path, what: str) -> None:
+    short = ["train.max_steps=8", "log.tensorboard=false", "eval.every_steps=null", *NO_BEST]
+    train(tmp_path / "run", 1, *EXACT, *short)
+    for gone in (tmp_path / "run").glob(what):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    done = run([*DDPTRAIN, "train", *EXACT, *short, f"run.dir={tmp_path / 'run'}"], PROJECT)
+    assert done.returncode == 1
+    assert "its checkpoints are gone; set run.dir to a new folder" in done.stderr
+    assert read_result(tmp_path / "run")["status"] != "completed"
+
+
+def test_a_metric_that_there_is_not_costs_no_step(tmp_path: Path) -> None:
+    best = ["checkpoint.keep_best=1", "checkpoint.metric=val/lss", "launch.nproc_per_node=2"]
+    done = run([*DDPTRAIN, "train", *EXACT, *best, f"run.dir={tmp_path / 'run'}"], PROJECT)
+    assert done.returncode == 2
+    assert "did you mean val/loss?" in done.stderr.splitlines()[-1]
+    assert "starting the ranks again" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs is mounted by root alone")
+def test_a_disk_that_is_full_at_the_start_is_told_in_a_line(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", mebibytes=1) as small:
+        with suppress(OSError):
+            (small / "filler").write_bytes(b"0" * 2**20)
+        done = run([*DDPTRAIN, "train", *EXACT, f"run.dir={small / 'run'}"], PROJECT)
+        left = [file.name for file in small.rglob("*.tmp")]
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"ddptrain: {small}/run cannot be made or written to: No space left on")
+    assert not left

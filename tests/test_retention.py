@@ -42,6 +42,20 @@ def test_exactly_the_newest_and_the_k_best_are_kept(
     assert len(best) == min(retention.keep_best, sum(map(has_score, entries)))
 
 
+@given(ENTRIES, st.lists(st.integers(0, 1000), max_size=8), st.integers(0, 3))
+def test_the_last_steps_at_fault_can_be_taken_again(
+    entries: list[Entry], faults: list[int], keep_faults: int
+) -> None:
+    """In time: what is kept at a fault stays until so many later ones have come."""
+    kept = Retention(1, keep_faults=keep_faults, faults=lambda: faults).keep(entries)
+    steps = [entry.step for entry in entries]
+    wanted = {max(steps)} if steps else set()
+    for fault in sorted(faults, reverse=True)[:keep_faults]:
+        if before := [step for step in steps if step <= fault]:
+            wanted.add(max(before))
+    assert kept == wanted
+
+
 @given(RETENTIONS, ENTRIES)
 def test_no_other_entry_is_better_than_one_of_the_best(
     retention: Retention, entries: list[Entry]

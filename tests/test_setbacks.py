@@ -147,6 +147,16 @@ def test_a_rewind_is_the_same_on_any_ranks_and_through_a_crash(tmp_path: Path, f
     assert weights_by_step(tmp_path / "killed") == weights
 
 
+def test_steps_before_a_rewind_are_no_part_of_the_speed_after_it(tmp_path: Path) -> None:
+    """A sample takes 4 ms, so 250 a second is the most that there can be."""
+    slow = [*FEW, *REWINDS["nonfinite"], "data.train.seconds=0.004", "log.every_steps=10"]
+    train(tmp_path / "run", 1, *SHORT, *slow)
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    speeds = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
+    assert speeds
+    assert max(speeds) < 250
+
+
 def test_a_spike_can_be_passed_over_or_stop_the_run(tmp_path: Path) -> None:
     options = [*SHORT, *FEW, "data.train.loud_at=17"]
     skipped = train(tmp_path / "skip", 1, *options, "train.spike.action=skip")

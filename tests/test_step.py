@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from launching import PROJECT
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddptrain.build import build_trainer
+from ddptrain.checkpoint.saved import MODEL
 from ddptrain.compose import compose
 from ddptrain.errors import NonFiniteError
 from ddptrain.launch.worker import TIMEOUT
@@ -19,7 +22,8 @@ from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
-from ddptrain.run_directory import RunDirectory
+from ddptrain.resilience.sanity import Explainer
+from ddptrain.run_directory import RunDirectory, open_directory
 
 Build = Callable[..., Trainer]
 PLAIN_DESCENT = (
@@ -98,6 +102,41 @@ def test_fp16_overflow_lowers_the_scale_and_spares_the_weights(build: Build) -> 
     assert trainer.step.loss_scale.value.item() == 2.0**23
     assert trainer.step.finished() == 1
     assert not torch.equal(take_steps(trainer, 20), before)
+
+
+class Enough(BaseException):
+    """Ends a run from within a forward."""
+
+
+def test_a_rescue_while_a_fault_is_explained_has_the_buffers_before_it(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards are taken again then, of a micro-batch with a number that is not finite."""
+    options = ["model.batch_norm=true", "data.train.infinite_at=17", "train.max_steps=12"]
+    trainer = build(*options, "log.tensorboard=false", f"run.dir={tmp_path}")
+    open_directory(trainer.config, [])
+    explain = Explainer.nonfinite
+
+    def explain_while_one_leaves(explainer: Explainer, step: int) -> str:
+        before = {n: b.clone() for n, b in trainer.task.named_buffers() if "running" in n}
+
+        def leave(norm: torch.nn.Module, *_: Any) -> None:
+            if torch.tensor([b.isfinite().all() for b in norm.buffers()]).all():
+                return
+            soon = time.monotonic() + 20
+            where = trainer.rescue(soon, soon, lambda: False)
+            assert where is not None
+            rescued = load_file(Path(where) / MODEL)
+            assert all(torch.equal(rescued[name], b) for name, b in before.items())
+            raise Enough
+
+        trainer.task.model.norm.register_forward_hook(leave)
+        return explain(explainer, step)
+
+    monkeypatch.setattr(Explainer, "nonfinite", explain_while_one_leaves)
+    with pytest.raises(Enough):
+        trainer.train()
+    trainer.checkpoints.memory.forget()
 
 
 @pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "torch.optim.RMSprop"])

@@ -26,7 +26,7 @@ from ddptrain.checkpoint.memory import Memory
 from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.saved import MODEL, OPTIMIZER, capture
 from ddptrain.checkpoint.store import MANIFEST, Store
-from ddptrain.errors import CheckpointError
+from ddptrain.errors import CheckpointError, Refused
 
 FLIPS = 334
 """Of each of three files."""
@@ -462,7 +462,7 @@ def test_only_what_would_be_kept_is_among_the_best(tmp_path: Path) -> None:
 
 def test_a_metric_that_no_evaluation_gives_is_named(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path, keep_best=1)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.metric=val/accuracy.*val/loss") as told:
+    with pytest.raises(Refused, match=r"checkpoint\.metric=val/accuracy.*val/loss") as told:
         kept.is_among_best(1, {"val/loss": 1.0})
     assert "\n" not in str(told.value)
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from launching import (
     start,
     train,
 )
+from torch.distributed import HashStore
 
 from ddptrain import pulse
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.processes import born, is_gone, kill_if_stopped
+from ddptrain.resilience.board import Messenger
 from ddptrain.resilience.flight import describe
 from ddptrain.resilience.stopped import START_SECONDS
 from ddptrain.resilience.verdict import PATIENCE, PATIENT, SILENT_SECONDS, Sign, explain, hangs
@@ -123,6 +126,35 @@ def test_only_a_stopped_process_of_that_birth_is_killed() -> None:
     assert is_gone(child, when)
 
 
+def test_an_alarm_lasts_no_longer_than_until_all_have_been_heard() -> None:
+    board = HashStore()
+    alarmed = [threading.Event() for _ in range(2)]
+    first, second = (Messenger(board, rank, 2, alarmed[rank].set) for rank in range(2))
+    for messenger in (first, second):
+        messenger.say("at work")
+        messenger.start()
+    speaks: dict[int, bool] = {}
+
+    def raise_alarm(messenger: Messenger, other: int) -> None:
+        def is_heard() -> bool:
+            return "a stack" in messenger.heard.get(other, ("", 0.0))[0]
+
+        speaks[messenger.rank] = messenger.raise_alarm("a stack", is_heard, 2 * LIMIT_SECONDS)
+
+    threads = [threading.Thread(target=raise_alarm, args=(first, 1))]
+    threads[0].start()
+    assert alarmed[1].wait(LIMIT_SECONDS)
+    assert not speaks  # the other has not been heard
+    threads.append(threading.Thread(target=raise_alarm, args=(second, 0)))
+    threads[1].start()
+    for thread in threads:
+        thread.join(LIMIT_SECONDS)
+    assert speaks == {0: True, 1: False}
+    for messenger in (first, second):
+        messenger.end("over")
+        assert messenger.has_ended(LIMIT_SECONDS)
+
+
 AGENT = """
 import os, signal, subprocess, sys, time
 watched = "import time; from ddptrain.resilience.stopped import end_if_stopped as end; " + (
@@ -158,6 +190,30 @@ def test_a_rank_stopped_in_mid_start_is_killed_also_when_the_others_have_left() 
     finally:
         kill_tree(agent.pid)
         agent.communicate()
+
+
+KILLED_AGENT = """
+import os, signal, subprocess, sys
+watched = "import time; from ddptrain.resilience.stopped import end_if_stopped as end; " + (
+    "end(600.0); print(flush=True); time.sleep(600)")
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+rank = subprocess.Popen([sys.executable, "-c", watched], stdout=subprocess.PIPE)
+rank.stdout.readline()
+os.kill(rank.pid, signal.SIGSTOP)
+print(rank.pid, born := __import__("ddptrain.processes").processes.born(rank.pid), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_stopped_rank_does_not_outlive_its_agent() -> None:
+    """It was told to end, which it would not hear of before somebody continues it."""
+    ended = run([sys.executable, "-c", KILLED_AGENT])
+    assert ended.returncode == -signal.SIGKILL
+    rank, when = ended.stdout.split()
+    until = time.monotonic() + LIMIT_SECONDS
+    while not is_gone(int(rank), when):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def keepers_of(agent: int) -> list[list[str]]:
@@ -216,6 +272,22 @@ def test_a_data_set_that_sleeps_is_named_and_the_run_goes_on(tmp_path: Path, exp
     assert finished.returncode == 0, finished.stderr
     told = r"rank \d has been in data loading of step \d+ for \d+ s \(.*ragged\.py:\d+ in __getit"
     assert re.search(told, finished.stderr), finished.stderr
+    assert read_result(run_dir)["weights_sha256"] == expected
+
+
+def test_a_collective_that_one_rank_alone_calls_is_named(tmp_path: Path, expected: str) -> None:
+    run_dir, once = tmp_path / "run", tmp_path / "once"
+    wrong = ["task.culprit=1", "task.barrier_at=50", f"task.once={once}"]
+    launcher = [*DDPTRAIN, "train", "launch.nproc_per_node=2", "resilience.hang_seconds=6"]
+    finished = run([*launcher, *SHORT, *wrong, f"run.dir={run_dir}"])
+    assert finished.returncode == 0, finished.stderr
+    told = (
+        r"rank 1 has been in forward and backward of step \d+ for \d+ s \(.* in barrier\); rank 0"
+    )
+    assert re.search(told, finished.stderr), finished.stderr
+    for rank in (0, 1):
+        (log,) = (run_dir / "logs").glob(f"rank-{rank}.*")
+        assert "thread MainThread:" in log.read_text()
     assert read_result(run_dir)["weights_sha256"] == expected
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from chaos.events import Context, Fault
 from chaos.processes import kill_all
+from ddptrain.checkpoint.media import Disk
+from ddptrain.checkpoint.store import Store
+from ddptrain.errors import CheckpointError
 
 Harm = Callable[[Path, Random], None]
 
@@ -34,8 +38,8 @@ def delete(file: Path, random: Random) -> None:
 class Damage:
     """Everything is killed, and a file of the newest checkpoint harmed, in one of two places.
 
-    Waits until there are two checkpoints in all: a run whose only one is damaged is refused, and
-    must be. With one process a run cannot have lost more than that.
+    Waits until there are two whole checkpoints in all: a run whose only one is damaged is refused,
+    and must be. With one process a run cannot have lost more than that.
     """
 
     name: str
@@ -61,7 +65,14 @@ class Damage:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(manifest.parent for manifest in folder.glob("step-*/manifest.json"))
+    """The whole ones; an earlier fault may have left others."""
+    store = Store(Disk(folder))
+    found = []
+    for step in store.steps():
+        with suppress(CheckpointError):
+            store.verify(step)
+            found.append(Path(store.where(step)))
+    return found
 
 
 DAMAGE: list[Fault] = [

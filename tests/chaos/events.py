@@ -44,6 +44,9 @@ class Context(Protocol):
     def doom(self, pids: Iterable[int], seconds: float, once_idle: bool = False) -> None:
         """Demand that processes are gone in time; ``once_idle`` counts from the last step begun."""
 
+    def postpone(self, seconds: float) -> None:
+        """Let what hangs, and waits for a node that is lost now, begin to count so much later."""
+
 
 class Fault(Protocol):
     """A kind of fault.

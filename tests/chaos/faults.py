@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2, Signals
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2, Signals
 
 from launching import tree
 
@@ -14,6 +14,8 @@ from chaos.processes import Process, kill_all, send
 
 GONE_SECONDS = 2.0
 """So long what an agent has started may outlive it."""
+KEEP_ALIVE_SECONDS = 15.0
+"""So long torch's agents take to miss the one of another node."""
 Choice = Callable[[Context], list[Process]]
 
 
@@ -67,6 +69,8 @@ class Signal:
         orphans = {pid for p in chosen for pid in tree(p.pid)} if self.choice is agent else set()
         send(self.number, chosen)
         if self.number is SIGKILL and orphans:
+            if len(context.agents()) > 1:
+                context.postpone(KEEP_ALIVE_SECONDS)
             context.doom(orphans, GONE_SECONDS)
         return bool(chosen)
 
@@ -112,6 +116,7 @@ STOPS: list[Fault] = [
     Signal("SIGTERM to the agent", SIGTERM, agent, stops=True),
     Impatient(),
     Signal("SIGINT to the agent", SIGINT, agent, stops=True),
+    Signal("SIGHUP to the agent", SIGHUP, agent, stops=True),
     Signal("SIGUSR1 to the agent", SIGUSR1, agent, stops=True),
     Signal("SIGUSR2 to the agent", SIGUSR2, agent, stops=True),
     Signal("SIGTERM to everything", SIGTERM, everything, stops=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from errno import EIO, EROFS
+from errno import EACCES, EIO, EROFS
 
 from chaos import machine, network
 from chaos.damage import DAMAGE
@@ -16,7 +16,7 @@ if machine.disk_unavailable() is None:
     KINDS += [machine.Full(seconds=6.0), machine.FullMemory(seconds=6.0)]
 if machine.preload_unavailable() is None:
     KINDS += [machine.Jump(3600), machine.Jump(-3600)]
-    KINDS += [machine.Broken(4.0, EIO), machine.Broken(4.0, EROFS)]
+    KINDS += [machine.Broken(4.0, error) for error in (EIO, EROFS, EACCES)]
 if machine.memory_unavailable() is None:
     KINDS += [machine.OutOfMemory()]
 ON_TWO_NODES: list[Fault] = []

@@ -76,6 +76,11 @@ class Operator:
         kind = self.faults[0][0].name
         self.dooms.append(Doom(kind, frozenset(pids), time.monotonic(), seconds, once_idle))
 
+    def postpone(self, seconds: float) -> None:
+        for doom in self.dooms:
+            if doom.took is None and doom.once_idle:
+                doom.since = time.monotonic() + seconds
+
     def run(self) -> None:
         """Tell the story to its end. Raises ``StoryFailed``."""
         try:
@@ -127,7 +132,7 @@ class Operator:
         for doom in self.dooms:
             if doom.took is not None:
                 continue
-            took = time.monotonic() - doom.began(self.trace.last_begun)
+            took = max(0.0, time.monotonic() - doom.began(self.trace.last_begun))
             left = [pid for pid in doom.pids if is_alive(pid)]
             if left and took <= doom.seconds:
                 continue

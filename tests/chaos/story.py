@@ -72,8 +72,11 @@ def short_run(folder: Path, of: type[AnySetting], **more: Any) -> AnySetting:
     return of(folder, steps=50, workers=1, **more)
 
 
-def tell(story: Operator) -> None:
-    """Run a story and check how it ends. Raises ``StoryFailed`` with all there is to repeat it."""
+def tell(story: Operator) -> Operator:
+    """Run a story, check how it ends, and return it.
+
+    Raises ``StoryFailed`` with all there is to repeat it.
+    """
     try:
         story.run()
         found = problems(story)
@@ -82,6 +85,7 @@ def tell(story: Operator) -> None:
     if found:
         raise StoryFailed("\n".join([*found, account(story)]))
     print(account(story))
+    return story
 
 
 def account(story: Operator) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from errno import EIO, EROFS
+from errno import EACCES, EIO, EROFS
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     """One in the run directory and one in memory; a loading worker killed, a start stopped."""
     truncated, _, _, _, flipped, _ = DAMAGE
     setting = short_run(tmp_path, Setting, disturbing=hangs.OVERRIDES)
-    tell(in_turn(setting, (truncated, 12), (flipped, 12), (LOADING[0], 4), (hangs.ALL[-1], 4)))
+    faults = (truncated, 12), (flipped, 12), (LOADING[0], 4), (hangs.ALL[-1], 4)
+    assert not tell(in_turn(setting, *faults)).faults  # all have come
 
 
 def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Path) -> None:
@@ -46,17 +47,20 @@ def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Pat
         (RANK_0, 2),
         (machine.Jump(-3600), 3),
         (machine.Broken(4.0, EIO), 3),
+        (machine.Broken(4.0, EACCES), 3),
     ]
     with ExitStack() as stack:
         stack.enter_context(setting.disks())
         if machine.memory_unavailable() is None:
             stack.enter_context(machine.small_memory())
             faults.append((machine.OutOfMemory(), 3))
-        tell(in_turn(setting, *faults, (machine.Full(seconds=6.0), 3)))
+        story = in_turn(setting, *faults, (machine.Full(seconds=6.0), 3))
+        assert not tell(story).faults
 
 
 def test_a_node_loses_a_rank_its_agent_and_its_link_for_good(tmp_path: Path) -> None:
     unless(network.unavailable())
     setting = short_run(tmp_path, network.TwoNodes, disturbing=TWO_NODES)
     with setting.network():
-        tell(in_turn(setting, (ONE_RANK, 9), (AGENT, 9), (network.Cut(None), 9)))
+        story = in_turn(setting, (ONE_RANK, 9), (AGENT, 9), (network.Cut(None), 9))
+        assert not tell(story).faults

@@ -18,7 +18,8 @@ FAULTS_OF_A_STORY = 4
 def test_a_run_survives_what_comes(tmp_path: Path) -> None:
     """Under the launcher that knows nothing of this framework."""
     faults = Random(SEED).sample([*KILLS, *STOPS], FAULTS_OF_A_STORY)
-    tell(at_random(faults, short_run(tmp_path, Setting, launcher="torchrun"), SEED))
+    story = at_random(faults, short_run(tmp_path, Setting, launcher="torchrun"), SEED)
+    assert not tell(story).faults  # all have come
 
 
 def test_a_restart_that_changes_the_weights_a_little_is_noticed(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Sentences(Dataset[dict[str, Tensor]]):
         loud_at: int | None = None,
         uneven: bool = False,
         sleep_at: int | None = None,
+        kill_at: int | None = None,
         once: str | None = None,
         seconds: float = 0.0,
     ) -> None:
@@ -60,6 +61,7 @@ class Sentences(Dataset[dict[str, Tensor]]):
         self.fail_at = fail_at
         self.odd_at = odd_at
         self.sleep_at = sleep_at
+        self.kill_at = kill_at
         self.seconds = seconds
         self.once = once
         if infinite_at is not None:
@@ -75,6 +77,8 @@ class Sentences(Dataset[dict[str, Tensor]]):
             raise ValueError("the file is corrupt")
         if index == self.sleep_at and is_first(self.once):
             time.sleep(10_000)
+        if index == self.kill_at and is_first(self.once):
+            os.kill(os.getpid(), signal.SIGKILL)  # the loading worker, if there are any
         time.sleep(self.seconds)
         tokens = self.tokens[index]
         target = (tokens > tokens.roll(1)).long()
@@ -126,9 +130,10 @@ class Network(nn.Module):
 class Tagging(Task):
     """Cross-entropy over the tokens that are not padding; can be told to fail.
 
-    ``flip_at``, ``kill_at`` and ``raise_at`` are forwards of rank ``culprit``, counted from the
-    process's start; a kill happens only before the file ``once`` exists, which it makes; with
-    ``flips_on`` all later forwards flip a bit as well.
+    ``flip_at``, ``kill_at``, ``raise_at`` and ``barrier_at`` are forwards of rank ``culprit``,
+    counted from the process's start; a kill or a barrier happens only before the file ``once``
+    exists, which it makes; with ``flips_on`` all later forwards flip a bit as well. Forward
+    ``hold_at`` of every rank waits until the file ``hold`` exists.
     """
 
     def __init__(
@@ -142,6 +147,9 @@ class Tagging(Task):
         in_place: bool = False,
         flip_at: int | None = None,
         flips_on: bool = False,
+        barrier_at: int | None = None,
+        hold_at: int | None = None,
+        hold: str = "",
         scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -153,6 +161,9 @@ class Tagging(Task):
         self.in_place = in_place
         self.flip_at = flip_at
         self.flips_on = flips_on
+        self.barrier_at = barrier_at
+        self.hold_at = hold_at
+        self.hold = hold
         self.scale = scale
         self.forwards = 0
 
@@ -162,6 +173,10 @@ class Tagging(Task):
             raise KeyError("a bug in user code")
         if self.is_culprit and self.forwards == self.kill_at and is_first(self.once):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.is_culprit and self.forwards == self.barrier_at and is_first(self.once):
+            torch.distributed.barrier()  # which no other rank comes to
+        while self.forwards == self.hold_at and not os.path.exists(self.hold):
+            time.sleep(0.005)
         flips = self.forwards == self.flip_at or (
             self.flips_on and self.flip_at is not None and self.forwards > self.flip_at
         )

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -89,6 +89,38 @@ class Cluster:
         )
         self._call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
+    def run(self, folder: Path | None, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of Slurm's to its end, in ``folder`` or here."""
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+
+    @contextmanager
+    def without(self, node: str) -> Iterator[None]:
+        """Have a node die with all that runs on it, and tell Slurm; it comes back in the end."""
+        number = 2 + NODES.index(node)
+        self.daemons[number].kill()
+        self.daemons[number].wait()
+        for process in self._processes():
+            with suppress(OSError):
+                if f"SLURMD_NODENAME={node}" in Path(f"/proc/{process}/environ").read_text():
+                    os.kill(process, signal.SIGKILL)
+        self._set_node(node, "DOWN")
+        try:
+            yield
+        finally:
+            self.daemons[number] = self._daemon("slurmd", "-D", "-N", node)
+            self._set_node(node, "RESUME")
+
+    def _set_node(self, node: str, state: str) -> None:
+        self._call("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")
+
     def signal(self, job: int, name: str) -> None:
         """Send a signal to the steps of a job, as Slurm does before a time limit."""
         self._call("scancel", f"--signal={name}", str(job))
@@ -123,8 +155,11 @@ class Cluster:
         return "disabled" if (year, month) >= (24, 5) else "cgroup/v1"
 
     def _start(self, *command: str) -> None:
-        with (self.folder / f"{len(self.daemons)}-{command[0]}.log").open("wb") as log:
-            daemon = subprocess.Popen(
+        self.daemons.append(self._daemon(*command))
+
+    def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{command[0]}-{Path(command[-1]).name}.log").open("ab") as log:
+            return subprocess.Popen(
                 command,
                 cwd=self.folder,
                 env=self.environment,
@@ -133,18 +168,9 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # an interrupt is for pytest, which ends them in order
             )
-        self.daemons.append(daemon)
 
     def _call(self, *command: str, folder: Path | None = None) -> str:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_SECONDS,
-            check=False,
-        )
+        done = self.run(folder, *command)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
@@ -216,7 +242,7 @@ def _environment() -> dict[str, str]:
     foreign = ("SLURM", "SBATCH", "SRUN", "TORCHELASTIC", "RANK", "WORLD_SIZE", "MASTER_")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     path = os.pathsep.join([str(Path(sys.executable).parent), PATH])
-    return inherited | {"PATH": path, "NPROC_PER_NODE": "1"}
+    return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def _slurm_conf(folder: Path, munge_socket: Path) -> str:
@@ -224,7 +250,7 @@ def _slurm_conf(folder: Path, munge_socket: Path) -> str:
     host = socket.gethostname().partition(".")[0]
     controller, *nodes = _free_ports(1 + len(NODES))
     node_lines = "\n".join(
-        f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=1"
+        f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=2"
         for name, port in zip(NODES, nodes, strict=True)
     )
     # Jobs derive ports from their ids, and another Slurm may be under test on this machine.

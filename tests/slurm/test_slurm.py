@@ -1,18 +1,21 @@
-"""What a user submits with sbatch trains on all nodes of the job, and goes on after a requeue."""
+"""What a user submits trains on all nodes of the job, and goes on whatever Slurm does to it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import LIVING, Cluster, missing_binaries, wait_until
+from cluster import LIVING, NODES, Cluster, missing_binaries, wait_until
 
-SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+PROJECT = Path(__file__).parents[1] / "project"
+SCRIPTS = Path(__file__).parents[2] / "slurm"
 OVERRIDES = ("experiment=digits", "log.every_steps=5", "log.tensorboard=false")
+TRAIN = ("python", "-m", "ddptrain", "train", *OVERRIDES)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +29,11 @@ def slurm() -> Iterator[Cluster]:
         yield running
 
 
-def submit(slurm: Cluster, folder: Path, nodes: int, *overrides: str) -> int:
-    options = (f"--nodes={nodes}", "--cpus-per-task=1")
-    return slurm.submit(folder, *options, str(SCRIPT), *OVERRIDES, *overrides)
+def submit(
+    slurm: Cluster, folder: Path, *overrides: str, script: str = "train", options: str = "--nodes=2"
+) -> int:
+    given = [*options.split(), "--cpus-per-task=1", str(SCRIPTS / f"{script}.sbatch")]
+    return slurm.submit(folder, *given, *OVERRIDES, *overrides)
 
 
 def finish(slurm: Cluster, job: int, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -36,16 +41,23 @@ def finish(slurm: Cluster, job: int, folder: Path) -> tuple[str, dict[str, Any]]
     output = folder / f"slurm-{job}.out"
     wait_until(lambda: slurm.state(job) not in LIVING, f"job {job}", output.read_text)
     assert slurm.state(job) == "COMPLETED", output.read_text()[-5000:]
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (folder / "runs" / "digits").iterdir()
     assert run.name == f"slurm-{job}"
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     assert result["status"] == "completed"
     return output.read_text(), result
 
 
+def wait_for_lines(folder: Path, job: int) -> None:
+    metrics = folder / "runs" / "digits" / f"slurm-{job}" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first line")
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_one_rank_on_each_node(slurm: Cluster, tmp_path: Path, nodes: int) -> None:
-    job = submit(slurm, tmp_path, nodes, "train.max_steps=20")
+    """Whatever the job was asked for in tasks."""
+    options = f"--nodes={nodes} --ntasks-per-node=2"
+    job = submit(slurm, tmp_path, "train.max_steps=20", options=options)
     output, result = finish(slurm, job, tmp_path)
     for step in (5, 10, 15, 20):
         assert output.count(f"step {step}/20  loss") == 1, output
@@ -54,7 +66,7 @@ def test_one_rank_on_each_node(slurm: Cluster, tmp_path: Path, nodes: int) -> No
 
 
 def test_a_typo_is_answered_in_one_line(slurm: Cluster, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path, 2, "train.max_stepss=20")
+    job = submit(slurm, tmp_path, "train.max_stepss=20")
     output = tmp_path / f"slurm-{job}.out"
     wait_until(lambda: slurm.state(job) not in LIVING, f"job {job}")
     assert slurm.state(job) == "FAILED"
@@ -64,8 +76,9 @@ def test_a_typo_is_answered_in_one_line(slurm: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_requeued_job_continues_its_run(slurm: Cluster, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path, 2, "train.max_steps=100", "checkpoint.every_steps=10")
-    checkpoints = tmp_path / "runs" / f"slurm-{job}" / "checkpoints"
+    overrides = ("train.max_steps=100", "checkpoint.every_steps=10", "run.resume=never")
+    job = submit(slurm, tmp_path, *overrides)
+    checkpoints = tmp_path / "runs" / "digits" / f"slurm-{job}" / "checkpoints"
     wait_until(lambda: any(checkpoints.glob("step-*/manifest.json")), "a checkpoint")
     slurm.requeue(job)
     output, result = finish(slurm, job, tmp_path)
@@ -74,13 +87,128 @@ def test_a_requeued_job_continues_its_run(slurm: Cluster, tmp_path: Path) -> Non
     assert result["restarts"] == 1
 
 
-def test_a_job_whose_time_is_up_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
-    """SIGTERM to its step, which Slurm sends two minutes before the time limit."""
-    job = submit(slurm, tmp_path, 2, "train.max_steps=100")
-    metrics = tmp_path / "runs" / f"slurm-{job}" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first line")
-    slurm.signal(job, "TERM")
+def test_a_job_that_is_asked_to_stop_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
+    """By a signal to its step, as Slurm sends it before a time limit."""
+    job = submit(slurm, tmp_path, "train.max_steps=100", script="preemptible")
+    wait_for_lines(tmp_path, job)
+    slurm.signal(job, "USR1")
     slurm.hasten(job)
     output, result = finish(slurm, job, tmp_path)
     assert "stopped after step" in output
     assert (result["step"], result["restarts"], result["lost_steps"]) == (100, 1, 0)
+
+
+def test_a_job_stops_before_its_time_is_up(slurm: Cluster, tmp_path: Path) -> None:
+    """Of one minute, of which it takes three quarters; the steps need more."""
+    slow = ["experiment=ragged", "data.train.seconds=0.02", "train.max_steps=110"]
+    script = str(SCRIPTS / "train.sbatch")
+    limit = ["--time=1", f"--chdir={PROJECT}", f"--output={tmp_path}/job.out"]
+    given = [*slow, "eval.every_steps=null", "checkpoint.keep_best=0", "log.tensorboard=false"]
+    job = slurm.submit(PROJECT, *limit, script, *given, f"run.dir={tmp_path / 'run'}")
+    wait_until((tmp_path / "run" / "result.json").exists, "the stop")
+    slurm.hasten(job)
+    wait_until(lambda: slurm.state(job) not in LIVING, f"job {job}")
+    output = (tmp_path / "job.out").read_text()
+    assert slurm.state(job) == "COMPLETED", output[-5000:]
+    assert "the job's time is nearly up: it stops, to go on later" in output
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["step"], result["restarts"], result["lost_steps"]) == (110, 1, 0)
+
+
+def test_neither_what_fails_nor_what_is_cancelled_is_started_again(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    failing = submit(slurm, tmp_path, "data.train._target_=digits.Nothing", script="preemptible")
+    cancelled = submit(slurm, tmp_path, "train.max_steps=2000", script="preemptible")
+    wait_until(lambda: slurm.state(failing) not in LIVING, f"job {failing}")
+    assert slurm.state(failing) == "FAILED"
+    wait_for_lines(tmp_path, cancelled)
+    slurm.run(tmp_path, "scancel", str(cancelled))
+    wait_until(lambda: slurm.state(cancelled) not in LIVING, f"job {cancelled}")
+    assert slurm.state(cancelled) == "CANCELLED"
+
+
+def test_a_job_goes_on_elsewhere_when_its_node_is_lost(slurm: Cluster, tmp_path: Path) -> None:
+    overrides = ("train.max_steps=100", "checkpoint.every_steps=10")
+    job = submit(slurm, tmp_path, *overrides, script="preemptible", options="--nodes=1")
+    checkpoints = tmp_path / "runs" / "digits" / f"slurm-{job}" / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("step-*/manifest.json")), "a checkpoint")
+    with slurm.without(NODES[0]):
+        wait_until(lambda: slurm.state(job) == "PENDING", f"job {job} to be requeued")
+        slurm.run(tmp_path, "scontrol", "update", f"JobId={job}", "StartTime=now")
+        _, result = finish(slurm, job, tmp_path)
+    assert (result["step"], result["restarts"]) == (100, 1)
+
+
+def test_salloc_trains_on_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
+    """In a run of the usual name: a person may start several in one allocation."""
+    done = slurm.run(tmp_path, "salloc", "--nodes=2", *TRAIN, "train.max_steps=10")
+    assert done.returncode == 0, done.stderr
+    assert "on 2 ranks" in done.stdout
+    (run,) = (tmp_path / "runs" / "digits").iterdir()
+    assert not run.name.startswith("slurm")
+
+
+def test_one_process_of_srun_trains_alone(slurm: Cluster, tmp_path: Path) -> None:
+    done = slurm.run(tmp_path, "srun", "--ntasks=1", *TRAIN, "train.max_steps=10")
+    assert done.returncode == 0, done.stderr
+    assert "on 1 rank" in done.stdout
+
+
+@pytest.mark.parametrize("command", [TRAIN, ("python", "-m", "ddptrain", *OVERRIDES)])
+def test_several_processes_of_srun_are_refused(
+    slurm: Cluster, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    done = slurm.run(tmp_path, "srun", "--ntasks=2", *command)
+    assert done.returncode == 2
+    told = [line for line in done.stderr.splitlines() if line.startswith("ddptrain: ")]
+    assert len(told) == 2
+    assert "srun has started 2 of these, and each would be a run of its own" in told[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_torchrun_in_a_batch_script_is_left_alone(slurm: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "own.sh"
+    torchrun = "python -m torch.distributed.run --standalone --nproc-per-node=2 -m ddptrain"
+    script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {torchrun} {' '.join(OVERRIDES)} $@\n")
+    job = slurm.submit(tmp_path, "--nodes=1", str(script), "train.max_steps=10")
+    wait_until(lambda: slurm.state(job) not in LIVING, f"job {job}")
+    assert slurm.state(job) == "COMPLETED"
+    assert "on 2 ranks" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+def test_an_array_trains_each_combination_in_a_run_of_its_own(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    values = ("optim.lr=0.001,0.003", "seed=1,2", "train.max_steps=5")
+    job = submit(slurm, tmp_path, *values, script="sweep", options="--array=1-2")
+    wait_until(lambda: not set(slurm.state(job).split()) & set(LIVING), f"job {job}")
+    found = {}
+    for run in (tmp_path / "runs" / "digits").iterdir():
+        stored = (run / "config.yaml").read_text()
+        found[run.name] = ("lr: 0.001" in stored, "seed: 1" in stored)
+        assert (run / "result.json").exists()
+    assert found == {f"slurm-{job}_1": (True, False), f"slurm-{job}_2": (False, True)}
+
+
+def test_a_submitted_job_runs_the_code_that_there_was(slurm: Cluster, tmp_path: Path) -> None:
+    """Whatever becomes of the folder while the job waits; a user's own module, on two nodes."""
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    short = ["experiment=ragged", "train.max_steps=8", "log.tensorboard=false"]
+    short += ["eval.every_steps=null", "checkpoint.keep_best=0"]
+    submitting = ["python", "-m", "ddptrain", "submit", *short, "parallel.reduction=exact"]
+    own = 'defaults: [default]\nnodes: 2\nsbatch: [--hold]\nsetup: ["echo set up"]\n'
+    (project / "conf" / "slurm").mkdir()
+    (project / "conf" / "slurm" / "mine.yaml").write_text(own)
+    done = slurm.run(project, *submitting, "slurm=mine")
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    (project / "ragged.py").write_text("raise SystemExit('another code')\n")
+    shutil.rmtree(project / "conf")
+    slurm.run(project, "scontrol", "release", told["job"])
+    wait_until(lambda: slurm.state(int(told["job"])) not in LIVING, "the job")
+    output = (project / told["output"].removeprefix("tail -F ")).read_text()
+    assert slurm.state(int(told["job"])) == "COMPLETED", output
+    assert "set up" in output
+    result = json.loads((project / told["run"] / "result.json").read_text())
+    assert (result["status"], result["step"], result["world_size"]) == ("completed", 8, 2)
