@@ -143,6 +143,7 @@ class LaunchConfig:
     nproc_per_node: str = MISSING
     max_restarts: int | None = MISSING
     interface: str | None = MISSING
+    timeout: float | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -199,7 +200,9 @@ def check(config: Config) -> None:
             raise Refused(f"{section}: none chosen; see conf/{section}/ for what there is")
     _check_sizes(config)
     _check_evaluation(config)
-    _check_launch(config.launch)
+    count = config.launch.nproc_per_node
+    if count != "auto" and not (count.isdecimal() and int(count) > 0):
+        raise Refused(f"launch.nproc_per_node: expected 'auto' or a number above 0, got {count!r}")
 
 
 def _check_sizes(config: Config) -> None:
@@ -224,6 +227,7 @@ def _check_sizes(config: Config) -> None:
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "parallel.bucket_mb": config.parallel.bucket_mb,
         "parallel.check_every_steps": config.parallel.check_every_steps,
+        "launch.timeout": config.launch.timeout,
         "slurm.nodes": config.slurm.nodes,
     }
     for key, value in positive.items():
@@ -261,12 +265,6 @@ def _check_evaluation(config: Config) -> None:
         )
     if config.run.resume is Resume.must and config.run.dir is config.checkpoint.dir is None:
         raise Refused("run.resume=must but run.dir is not set: name the run to continue")
-
-
-def _check_launch(launch: LaunchConfig) -> None:
-    count = launch.nproc_per_node
-    if count != "auto" and not (count.isdecimal() and int(count) > 0):
-        raise Refused(f"launch.nproc_per_node: expected 'auto' or a number above 0, got {count!r}")
 
 
 def check_world_size(config: Config, world_size: int) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import site
 import subprocess
+import sys
+import sysconfig
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +36,31 @@ def uncommitted() -> str:
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that decide what a run computes."""
     return {"python": python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def loaded_code() -> dict[str, str]:
+    """Digests, by module, of the code loaded so far that is of no installed package.
+
+    That is the user's own, and this package where it runs from a checkout: what versions do not
+    tell.
+    """
+    paths = sysconfig.get_paths()
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = tuple(
+        f"{folder}{os.sep}"
+        for folder in {
+            *(paths[kind] for kind in kinds),
+            *site.getsitepackages(),
+            site.getusersitepackages(),
+        }
+    )
+    code = {}
+    for name, module in list(sys.modules.items()):
+        file = str(getattr(module, "__file__", None))
+        is_own = os.path.isabs(file) and not file.startswith(installed)
+        if is_own and file.endswith(".py") and not name.startswith("__"):
+            code[f"module {name}"] = _digest(Path(file))
+    return code
 
 
 def _git_changes() -> dict[str, str]:

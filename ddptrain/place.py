@@ -38,16 +38,25 @@ class Place:
                 f"{', '.join(present)} set but not {', '.join(missing)}: start the ranks with "
                 "torchrun or `ddptrain train`, which set them all, or unset them for one rank"
             )
-        return Place(
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        )
+        rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+        if rank >= world_size:
+            raise Refused(
+                f"RANK={rank}: expected less than WORLD_SIZE={world_size}; ranks begin at 0"
+            )
+        _number("MASTER_PORT")
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return Place(rank, world_size, _number("LOCAL_RANK"), restarts)
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} ({socket.gethostname()})"
+
+
+def _number(variable: str) -> int:
+    value = os.environ[variable]
+    if not value.isdecimal():
+        raise Refused(f"{variable}={value!r}: expected a number, 0 or above")
+    return int(value)
 
 
 def choose_interface(name: str | None) -> None:

@@ -16,9 +16,14 @@ interface=$(ip -o address | awk -v here="$here" 'index($4, here "/") == 1 {print
 # Or torchrun leaves machines that come late waiting for an address that it has told already.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export NCCL_SOCKET_IFNAME=${INTERFACE:-$interface} GLOO_SOCKET_IFNAME=${INTERFACE:-$interface}
-is_host=0
-[[ $here != "$meet" ]] || is_host=1
+port=${PORT:-29400} is_host=0
+if [[ $here == "$meet" ]]; then
+  is_host=1
+  if (: <"/dev/tcp/$here/$port") 2>/dev/null; then
+    echo "port $port is taken on $here: set PORT, the same on all machines" >&2 && exit 2
+  fi
+fi
 exec python -m torch.distributed.run --nnodes="${NODES:-1:4}" --nproc-per-node="${RANKS:-$gpus}" \
   --max-restarts="${MAX_RESTARTS:-3}" --rdzv-backend=c10d --rdzv-id="${RUN_ID:-ddptrain}" \
-  --rdzv-endpoint="$meet:${PORT:-29400}" --rdzv-conf="is_host=$is_host,last_call_timeout=${WAIT:-10}" \
+  --rdzv-endpoint="$meet:$port" --rdzv-conf="is_host=$is_host,last_call_timeout=${WAIT:-10}" \
   --local-addr="$here" -m ddptrain "$@"

@@ -66,6 +66,22 @@ def test_who_does_not_come_is_named() -> None:
         meet(where, 0, 4, 0.3)
 
 
+def test_who_is_missing_is_told_to_all_who_are_there() -> None:
+    where, told = board(), []
+
+    def come() -> None:
+        with pytest.raises(PeerFailed) as raised:
+            meet(where, 1, 3, 5.0)
+        told.append(str(raised.value))
+
+    waiting = threading.Thread(target=come)
+    waiting.start()
+    with pytest.raises(TrainingError, match=r"of 3 ranks 2 did not come within 0\.5 s") as raised:
+        meet(where, 0, 3, 0.5)
+    waiting.join()
+    assert told == [str(raised.value)]
+
+
 def test_the_others_say_that_rank_0_knows_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddptrain.parallel.roll_call.AFTER_RANK_0", 0.1)
     with pytest.raises(PeerFailed, match="rank 0 did not begin"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,50 @@ from ddptrain.claim import Claim
 from ddptrain.compose import flatten, to_plain
 from ddptrain.config import Config, Resume
 from ddptrain.files import replace_text
+from ddptrain.origin import loaded_code, versions
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.run_directory import RunDirectory, open_directory
 
+MEETING_SECONDS = 30.0
+"""Ranks that start at once may come so far apart, on a busy machine with a slow disk."""
 RUN_KEY, BEGUN_KEY = "ddptrain/run.dir", "ddptrain/begun"
+
+
+def meeting_seconds(config: Config) -> float | None:
+    """How long ranks, and the agents of nodes, wait for each other at a start."""
+    if config.launch.timeout is not None or config.resilience.hang_seconds is None:
+        return config.launch.timeout
+    return max(config.resilience.hang_seconds, MEETING_SECONDS)
+
+
+def agree_on_code(config: Config, ranks: Ranks) -> None:
+    """Refuse ranks of other versions or with other code, before they do anything together.
+
+    The user's modules are imported first: what they import in turn is compared, too.
+    """
+    if ranks.world_size == 1:
+        return
+    ranks.agree(versions(), "has other versions than", "install the same on all nodes")
+    for name in sorted(set(_targets(to_plain(config)))):
+        parts = name.split(".")[:-1]
+        while parts:  # it may be a class within a class
+            with suppress(Exception):  # who builds it says what is wrong
+                import_module(".".join(parts))
+                break
+            parts.pop()
+    remedy = "start all ranks from copies of one folder that are alike"
+    ranks.agree(loaded_code(), "runs other code than", remedy, shared_only=True)
+
+
+def _targets(node: object) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(target := node.get("_target_"), str):
+            yield target
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
 
 
 def common(config: Config) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from ddptrain.errors import (
     Stopped,
     Superseded,
 )
-from ddptrain.launch.agreement import agree_on_directory, common, tell_of_beginning
+from ddptrain.launch.agreement import (
+    agree_on_code,
+    agree_on_directory,
+    common,
+    meeting_seconds,
+    tell_of_beginning,
+)
 from ddptrain.launch.ending import example_of, result_of, where
 from ddptrain.loop import Trainer
 from ddptrain.observe.logs import open_log
@@ -54,8 +60,6 @@ from ddptrain.screen import say
 
 logger = logging.getLogger(__name__)
 TIMEOUT, NEVER = timedelta(minutes=30), timedelta(days=7)
-MEETING_SECONDS = 30.0
-"""Ranks that start at once may come so far apart, on a busy machine with a slow disk."""
 NOTHING_TO_RESCUE = (
     NonFiniteError, DivergenceError, Stopped, Refused, CheckpointError, Superseded
 )  # fmt: skip
@@ -126,14 +130,15 @@ class Attempt:
         if device.type == "cuda" and hang_seconds is not None:
             flight.arm()
         ranks = Ranks(place, device, None)
-        ranks.meet(None if hang_seconds is None else max(hang_seconds, MEETING_SECONDS))
+        ranks.meet(meeting_seconds(config))
+        agree_on_code(config, ranks)
+        remedy = "start all ranks with the same arguments"
+        ranks.agree(common(config), "was started with another config than", remedy)
         if hang_seconds is not None:
             processes = ranks.attempt.processes
             self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
             self.watchdog.start()
         ranks.join(_timeout(hang_seconds))
-        remedy = "start all ranks with the same arguments"
-        ranks.agree(common(config), "was started with another config than", remedy)
         self.run, self.claim = agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
         Crashes(self.run.crashes).refuse_loop()

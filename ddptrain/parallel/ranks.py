@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,15 +10,15 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from ddptrain import pulse
 from ddptrain.errors import Refused
-from ddptrain.parallel.roll_call import Attempt, Process, meet
+from ddptrain.parallel.meeting_point import open_store
+from ddptrain.parallel.roll_call import Attempt, Process, exchange, meet
 from ddptrain.place import Place
 
 T = TypeVar("T")
-STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:
@@ -25,6 +26,11 @@ def choose_device(wanted: str, place: Place) -> torch.device:
     gpus = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return torch.device("cpu")
+    if gpus == 0:
+        raise Refused(
+            f"train.device={wanted}: torch {torch.__version__} finds no GPU here ({_why_none()}); "
+            "set train.device=cpu, or auto"
+        )
     if place.local_rank >= gpus:
         raise Refused(
             f"train.device={wanted}: local rank {place.local_rank} has no GPU of its own, this "
@@ -45,19 +51,20 @@ class Ranks:
         self.device = device
         self.store: Store | None = None
         self.attempt = Attempt((Process(),), uuid4().hex)
+        self.agreements = 0
         if device.type == "cuda":
             # Before any collective: NCCL and a user's own .cuda() take the current device.
             torch.cuda.set_device(device)
-        if place.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            return
-        self.store = _connect(place, timeout or STORE_TIMEOUT, first=True)
         if timeout is not None:
             self.meet(None)
             self.join(timeout)
 
     def meet(self, seconds: float | None) -> None:
         """Wait for the other ranks. Raises ``TrainingError`` if one has not come in time."""
-        if self.store is not None and self.world_size > 1:
+        if self.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            return
+        self.store = open_store(self.place, seconds, first=True)
+        if self.world_size > 1:
             board = PrefixStore("roll-call", self.store)
             self.attempt = meet(board, self.rank, self.world_size, seconds)
 
@@ -101,19 +108,38 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, mine: dict[str, Any], differs: str, remedy: str) -> None:
+    def agree(
+        self, mine: dict[str, Any], differs: str, remedy: str, shared_only: bool = False
+    ) -> None:
         """Raise ``Refused`` on every rank if one has other entries than rank 0.
 
-        It reads "rank 1 <differs> rank 0: key: its value, not rank 0's; <remedy>".
+        It reads "rank 1 (its host) <differs> rank 0 (its host): key: its value, not rank 0's;
+        <remedy>". With ``shared_only`` an entry that one of the two does not have at all is none.
+        Ranks that have met, and form no group yet, agree as well: what would keep it from forming.
         """
-        first, *others = self.gather(mine)
+        first, *others = self._of_all(mine)
         for rank, other in enumerate(others, start=1):
+            keys = first.keys() & other.keys() if shared_only else first.keys() | other.keys()
             if different := [
                 f"{key}: {other.get(key, 'not set')}, not {first.get(key, 'not set')}"
-                for key in sorted(first.keys() | other.keys())
+                for key in sorted(keys)
                 if first.get(key) != other.get(key)
             ]:
-                raise Refused(f"rank {rank} {differs} rank 0: {'; '.join(different)}; {remedy}")
+                one, other_one = self.name_of(rank), self.name_of(0)
+                raise Refused(f"{one} {differs} {other_one}: {'; '.join(different)}; {remedy}")
+
+    def _of_all(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.world_size == 1 or dist.is_initialized():
+            return self.gather(mine)
+        assert self.store is not None
+        self.agreements += 1
+        board = PrefixStore(f"agree-{self.attempt.name}-{self.agreements}", self.store)
+        told = exchange(board, self.rank, self.world_size, json.dumps(mine, default=str))
+        return [json.loads(one) for one in told]
+
+    def name_of(self, rank: int) -> str:
+        """The rank and its host, as its log names it."""
+        return f"rank {rank} ({self.attempt.processes[rank].host})"
 
     def from_first(self, value: T | None) -> T:
         """Return rank 0's value on every rank; the others' is ignored."""
@@ -145,24 +171,17 @@ class Ranks:
         """A connection to the store for messages of this attempt, not held up by the others'."""
         if self.store is None or self.world_size == 1:
             return None
-        return PrefixStore(f"board-{self.attempt.name}", _connect(self.place, STORE_TIMEOUT))
+        return PrefixStore(f"board-{self.attempt.name}", open_store(self.place, None))
 
     def leave(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _connect(place: Place, timeout: timedelta, first: bool = False) -> TCPStore:
-    """Open the store that torchrun's agent keeps for the whole run, over all restarts.
-
-    The process group takes a prefix per attempt on it: on a shared prefix the ranks of a new
-    attempt can read the addresses of the ranks that have died (see ``roll_call``).
-    """
-    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=first and place.rank == 0 and not agent_has_store,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
+def _why_none() -> str:
+    if torch.version.cuda is None:
+        return "it was built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible!r}"
+    return f"it was built for CUDA {torch.version.cuda}; see whether nvidia-smi finds one"

@@ -3,8 +3,9 @@
 The launcher's store outlives its ranks, and what the dead have left there looks like what the
 living say. A count of restarts does not tell them apart: an agent that starts its ranks again
 because another node's have failed does not count that. So every process has a name of its own.
-Rank 0 calls the roll, each process answers to exactly the roll that its name is on, and only the
-living do. As it begins when all have answered, it cannot begin with a process that has gone.
+Rank 0 calls the roll of who is there, each process answers to exactly the roll that its name is on,
+and only the living do. As it begins when all are on it and have answered, it cannot begin with a
+process that has gone; and if it cannot begin, rank 0 knows who is missing, and tells.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from ddptrain.processes import born, space
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.05
 ROLL = "roll"
 BEGUN = "begun"
+GIVEN_UP = "given up"
 AFTER_RANK_0 = 2.0
-"""So much longer than rank 0 the others wait, for it knows who is missing."""
+"""So much longer than rank 0 the others wait, for it knows who is missing; and so long rank 0, in
+whose process the store may be, stays for those to whom it has told that."""
 
 
 class Board(Protocol):
@@ -79,6 +82,26 @@ def meet(board: Board, rank: int, world_size: int, seconds: float | None) -> Att
     )
 
 
+def exchange(board: Board, rank: int, world_size: int, mine: str) -> list[str]:
+    """What each rank of an attempt has to say, in rank order; what many say is sent once.
+
+    The ``board`` is of these ranks and for this once.
+    """
+    digests = [f"digest-{other}" for other in range(world_size)]
+    own = sha256(mine.encode()).hexdigest()
+    board.set(f"said-{rank}", mine)
+    board.set(digests[rank], own)
+    told = {own: mine}
+    order = [digest.decode() for digest in board.multi_get(digests)]
+    for other, digest in enumerate(order):
+        if digest not in told:
+            told[digest] = board.get(f"said-{other}").decode()
+    board.set(f"read-{rank}", "1")
+    if rank == 0:  # the store may end with it
+        board.multi_get([f"read-{other}" for other in range(world_size)])
+    return [told[digest] for digest in order]
+
+
 def _call(board: Board, world_size: int, seconds: float | None) -> str:
     ranks = range(world_size)
     here, yes = [f"here-{rank}" for rank in ranks], [f"yes-{rank}" for rank in ranks]
@@ -86,14 +109,19 @@ def _call(board: Board, world_size: int, seconds: float | None) -> str:
 
     def turn() -> str | None:
         nonlocal told
-        if not board.check(here):
-            return None
-        roll = json.dumps([one.decode() for one in board.multi_get(here)])
+        come: list[str | None]
+        if board.check(here):
+            come = [one.decode() for one in board.multi_get(here)]
+        else:
+            come = [board.get(key).decode() if board.check([key]) else None for key in here]
+        roll = json.dumps(come)
         if roll != told:
             told = roll
             board.set(ROLL, roll)
             board.set(yes[0], roll)
-        if board.check(yes) and all(one.decode() == roll for one in board.multi_get(yes)):
+        if None in come or not board.check(yes):
+            return None
+        if all(one.decode() == roll for one in board.multi_get(yes)):
             board.set(BEGUN, roll)
             return roll
         return None
@@ -101,15 +129,24 @@ def _call(board: Board, world_size: int, seconds: float | None) -> str:
     begun = _repeat(turn, seconds)
     if begun is not None:
         return begun
-    missing = [
-        rank
-        for rank in ranks[1:]
-        if not (told and board.check([yes[rank]]) and board.get(yes[rank]).decode() == told)
-    ]
-    raise PeerFailed(
-        f"of {world_size} ranks {', '.join(map(str, missing))} did not come within {seconds:g} s; "
-        "see what holds that machine up, or give it more time (resilience.hang_seconds)"
+    present = [rank for rank in ranks[1:] if _has_answered(board, yes[rank], told, rank)]
+    missing = [str(rank) for rank in ranks[1:] if rank not in present]
+    why = (
+        f"of {world_size} ranks {', '.join(missing)} did not come within {seconds:g} s; see what "
+        "holds that machine up, or give it more time (launch.timeout)"
     )
+    board.set(GIVEN_UP, json.dumps([told, why]))
+    heard = [f"heard-{rank}" for rank in present]
+    _repeat(lambda: "all" if not heard or board.check(heard) else None, AFTER_RANK_0)
+    raise PeerFailed(why)
+
+
+def _has_answered(board: Board, key: str, told: str, rank: int) -> bool:
+    """Whether the rank that is on the last roll has answered to one of this call of the roll."""
+    if not board.check([key]):
+        return False
+    answered, last = json.loads(board.get(key).decode()), json.loads(told)
+    return (answered[0], answered[rank : rank + 1]) == (last[0], [last[rank]])
 
 
 def _answer(board: Board, rank: int, own: str, seconds: float | None) -> str:
@@ -126,6 +163,11 @@ def _answer(board: Board, rank: int, own: str, seconds: float | None) -> str:
         if roll != said:
             said = roll
             board.set(f"yes-{rank}", roll)
+        if board.check([GIVEN_UP]):
+            last, why = json.loads(board.get(GIVEN_UP).decode())
+            if names_me(last):
+                board.set(f"heard-{rank}", "1")
+                raise PeerFailed(why)
         if board.check([BEGUN]) and names_me(begun := board.get(BEGUN).decode()):
             return begun
         return None

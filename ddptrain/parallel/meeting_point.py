@@ -1,0 +1,70 @@
+"""The store at which ranks meet: torch's, reached or refused in one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistNetworkError
+
+from ddptrain.errors import PeerFailed, Refused
+from ddptrain.place import Place
+
+STORE_TIMEOUT = timedelta(seconds=30)
+"""For one request."""
+TRY_SECONDS, PAUSE_SECONDS = 3.0, 0.1
+
+
+def open_store(place: Place, seconds: float | None, first: bool = False) -> TCPStore:
+    """Open the store that the launcher keeps for the whole run, over all restarts.
+
+    Where ranks are started by hand, rank 0 keeps it, and is the ``first`` to open it. Raises
+    ``Refused`` if its address cannot be, ``PeerFailed`` if nobody answers within ``seconds``.
+
+    The process group takes a prefix per attempt on it: on a shared prefix the ranks of a new
+    attempt can read the addresses of the ranks that have died (see ``roll_call``).
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = first and place.rank == 0 and not is_launchers
+    if not is_master:
+        _wait_for(host, port, seconds, "its launcher" if is_launchers else "rank 0")
+    try:
+        return TCPStore(
+            host, port, is_master=is_master, timeout=STORE_TIMEOUT, wait_for_workers=False
+        )
+    except DistNetworkError as error:
+        if is_master and "EADDRINUSE" in str(error):
+            raise Refused(
+                f"MASTER_PORT={port} is in use on {socket.gethostname()}, where rank 0 is to "
+                "listen; choose another port, the same for all ranks"
+            ) from None
+        raise
+
+
+def _wait_for(host: str, port: int, seconds: float | None, who: str) -> None:
+    """Wait until somebody listens there; torch would, too, but fill the screen meanwhile."""
+    until = None if seconds is None else time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), TRY_SECONDS).close()
+            return
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_NONAME:
+                raise Refused(
+                    f"MASTER_ADDR={host} does not resolve on {socket.gethostname()}; give the "
+                    "numeric address of rank 0's machine"
+                ) from None
+            why = str(error)
+        except OSError as error:
+            why = str(error)
+        if until is not None and time.monotonic() > until:
+            raise PeerFailed(
+                f"nobody listens at MASTER_ADDR={host} MASTER_PORT={port} after {seconds:g} s "
+                f"({why}): {who} should; see that it was started, with this address, and that no "
+                "firewall is between, or give it more time (launch.timeout)"
+            )
+        time.sleep(PAUSE_SECONDS)
