@@ -191,6 +191,21 @@ def _verify_rank(parsed: argparse.Namespace) -> int:
     return verify_rank(parsed.folder)
 
 
+def _doctor(parsed: argparse.Namespace) -> int:
+    """Try a launch: be one of its ranks, or start them."""
+    config = compose(parsed.overrides)
+    place = Place.from_environment()
+    from ddptrain.launch.local import count_ranks, try_ranks
+
+    ranks = count_ranks(config)
+    if "RANK" not in os.environ and ranks > 1:
+        check_world_size(config, ranks)
+        return try_ranks(["doctor", *parsed.overrides], ranks)
+    from ddptrain.launch.doctor import doctor
+
+    return doctor(config, place)
+
+
 def _config(parsed: argparse.Namespace) -> int:
     print(yaml.safe_dump(to_plain(compose(parsed.overrides)), sort_keys=False), end="")
     return EXIT_COMPLETED
@@ -280,4 +295,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "node": _node,
     "verify": _verify,
     "verify-rank": _verify_rank,
+    "doctor": _doctor,
 }

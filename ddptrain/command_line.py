@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", action="store_true", help="print the script; submit nothing")
     verify = add("verify", "test that ranks, resumes and workers change nothing", run=False)
     verify.add_argument("--steps", type=int, default=3, metavar="N", help="steps to compare: 3")
+    add("doctor", "try the launch of a config: what is wrong with it, and what to do", run=False)
     add("config", "print the composed, checked config; train nothing", run=False)
     add("rerun", "train a run's stored config again, in a new directory", run=True)
     evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)

@@ -144,6 +144,7 @@ class LaunchConfig:
     max_restarts: int | None = MISSING
     interface: str | None = MISSING
     timeout: float | None = MISSING
+    check: bool = MISSING
 
 
 @dataclass(kw_only=True, slots=True)

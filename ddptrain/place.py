@@ -60,8 +60,16 @@ def _number(variable: str) -> int:
 
 
 def choose_interface(name: str | None) -> None:
-    """Have gloo and NCCL use the network interface of that name. Raises ``Refused``."""
+    """Have gloo and NCCL use the network interface of that name. Raises ``Refused``.
+
+    Without a name gloo takes that by which this machine reaches rank 0's, and not, as it would by
+    itself, that of its own host name's address, by which others may not reach it at all.
+    """
     if name is None:
+        address = own_address()
+        interface = None if address is None else interface_of(address)
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         return
     there = [each for _, each in socket.if_nameindex()]
     if name not in there:
@@ -69,11 +77,18 @@ def choose_interface(name: str | None) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
 
 
-def interface_of(address: str) -> str | None:
-    """The network interface that has a numeric IPv4 ``address``; None if none of this machine has.
+def own_address() -> str | None:
+    """The IPv4 address from which this machine reaches rank 0's; None if that cannot be told."""
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, suppress(OSError):
+        asked.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        return str(asked.getsockname()[0])
+    return None
 
-    Gloo would look for the address of the machine's name, which need not resolve.
-    """
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has a numeric IPv4 ``address``; None if none here has it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])

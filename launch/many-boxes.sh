@@ -6,16 +6,14 @@
 # First comes the address of one of them, where all meet; names need not resolve. NODES=2:4 is how
 # few and how many there may be: a machine may come late, leave, and come back, and the run goes on
 # with those that are there. Once there are enough, it waits WAIT seconds for more. run.dir is a
-# folder that all of them see. PORT, RANKS and INTERFACE may be set as well; RUN_ID, the same on all,
-# where several such runs meet at one address.
+# folder that all of them see. PORT and RANKS may be set as well; RUN_ID, the same on all, where several
+# such runs meet at one address. launch.interface=… names the network interface for NCCL, too.
 set -euo pipefail
 meet=$1 && shift
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || gpus=1
 here=$(ip -o route get "$meet" | sed -n 's/.* src \([^ ]*\).*/\1/p') # the way to there is our own
-interface=$(ip -o address | awk -v here="$here" 'index($4, here "/") == 1 {print $2; exit}')
 # Or torchrun leaves machines that come late waiting for an address that it has told already.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export NCCL_SOCKET_IFNAME=${INTERFACE:-$interface} GLOO_SOCKET_IFNAME=${INTERFACE:-$interface}
 port=${PORT:-29400} is_host=0
 if [[ $here == "$meet" ]]; then
   is_host=1

@@ -87,6 +87,19 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
                 return _stopped(run, signals[0], BETWEEN_STARTS)
 
 
+def try_ranks(arguments: list[str], ranks: int) -> int:
+    """Run a command as so many ranks, which say themselves what is wrong; return the exit code."""
+    try:
+        failure = start_ranks([*DDPTRAIN, *arguments], ranks)
+    except Asked as asked:
+        raise TrainingError(f"{asked}: not tried to the end") from None
+    if failure is None:
+        return EXIT_COMPLETED
+    if failure.message is not None:
+        return failure.exit_code
+    return print_failure(failure, "see what it printed")
+
+
 def _pause(failures: int, signals: Sequence[signal.Signals]) -> bool:
     """After ``failures`` without progress, give what is in the way time; return if told to end."""
     seconds = min(FIRST_PAUSE * 2.0 ** min(failures - 2, 9), LONGEST_PAUSE) if failures > 1 else 0

@@ -139,6 +139,10 @@ class Attempt:
             self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
             self.watchdog.start()
         ranks.join(_timeout(hang_seconds))
+        if config.launch.check:
+            from ddptrain.launch.doctor import refuse_unfit
+
+            refuse_unfit(ranks, config)
         self.run, self.claim = agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
         Crashes(self.run.crashes).refuse_loop()

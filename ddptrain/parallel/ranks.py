@@ -117,7 +117,7 @@ class Ranks:
         <remedy>". With ``shared_only`` an entry that one of the two does not have at all is none.
         Ranks that have met, and form no group yet, agree as well: what would keep it from forming.
         """
-        first, *others = self._of_all(mine)
+        first, *others = self.tell(mine)
         for rank, other in enumerate(others, start=1):
             keys = first.keys() & other.keys() if shared_only else first.keys() | other.keys()
             if different := [
@@ -128,7 +128,8 @@ class Ranks:
                 one, other_one = self.name_of(rank), self.name_of(0)
                 raise Refused(f"{one} {differs} {other_one}: {'; '.join(different)}; {remedy}")
 
-    def _of_all(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    def tell(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """What every rank tells, in rank order: plain values, for this needs no group."""
         if self.world_size == 1 or dist.is_initialized():
             return self.gather(mine)
         assert self.store is not None
