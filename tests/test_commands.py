@@ -11,14 +11,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, Finished, read_result, run, start
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
 
 from ddptrain.files import make_new
 
@@ -141,53 +138,6 @@ def test_no_two_runs_get_one_directory(tmp_path: Path, monkeypatch: pytest.Monke
     assert made == ["20260101-000000-same", "20260101-000000-else"]
 
 
-def test_sweep_makes_a_run_of_each_trial_and_a_row_in_hparams(tmp_path: Path) -> None:
-    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
-    sweep = ["--multirun", "optim.lr=0.1,0.01"]
-    ended_well(run([*DDPTRAIN, "train", *SHORT, *sweep], project))
-    runs = sorted((project / "runs" / "ragged").iterdir())
-    rates = [_hparams(path)["optim.lr"] for path in runs]
-    assert sorted(rates) == [0.01, 0.1]
-    leftovers = {p.name for p in project.rglob("*") if p.name in (".hydra", "outputs", "multirun")}
-    assert not leftovers
-
-
-def test_sweep_passes_on_what_leaves_a_section_out(tmp_path: Path) -> None:
-    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
-    without = ["data.val=null", "checkpoint.keep_best=0", "eval.every_steps=null", "model=null"]
-    sweep = ["--multirun", "task._target_=ragged.Alone", "optim.lr=0.1", *without]
-    run([*DDPTRAIN, "train", *SHORT, *sweep], project)
-    (made,) = (project / "runs" / "ragged").iterdir()
-    assert yaml.safe_load((made / "config.yaml").read_text())["model"] is None
-    assert read_result(made)["status"] == "completed"
-
-
-def test_sweep_with_an_impossible_value_is_refused_before_any_trial(tmp_path: Path) -> None:
-    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
-    sweep = ["--multirun", "train.micro_batch_size=2,-1", "optim.lr=0.1,0.2"]
-    finished = run([*DDPTRAIN, "train", *SHORT, *sweep], project)
-    assert finished.returncode == 2
-    assert "train.micro_batch_size" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert not (project / "runs").exists()
-
-
-def _hparams(run_dir: Path) -> dict[str, Any]:
-    """The row of a run in the HPARAMS tab; its final and best metrics must be there too."""
-    events = EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
-    assert {"final/val/loss", "best/val/loss"} <= set(events.Tags()["scalars"])
-    contents = [
-        plugin_data_pb2.HParamsPluginData.FromString(content)
-        for content in events.summary_metadata.values()
-        for content in [content.plugin_data.content]
-        if content
-    ]
-    started = next(c for c in contents if c.HasField("session_start_info"))
-    hparams = started.session_start_info.hparams
-    return {name: value.number_value or value.string_value for name, value in hparams.items()}
-
-
 def test_config_prints_what_a_run_would_store(trained: Path, project: Path) -> None:
     import yaml
 
@@ -222,25 +172,6 @@ def test_output_that_is_not_written_is_no_success() -> None:
         shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
     assert shown.returncode == 1
     assert b"No space left" in shown.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_sweep_that_is_interrupted_has_its_trial_save(tmp_path: Path, number: int) -> None:
-    slow = [*SHORT, "data.train.seconds=0.05", "train.max_steps=1000", "seed=1,2"]
-    folder = Path(shutil.copytree(PROJECT, tmp_path / "project"))
-    sweep = start([*DDPTRAIN, "train", "--multirun", *slow], folder)
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not list(folder.glob("runs/ragged/*/metrics.jsonl")):
-        assert sweep.poll() is None, sweep.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    sweep.send_signal(number)
-    _, err = sweep.communicate(timeout=LIMIT_SECONDS)
-    assert sweep.returncode == 75, err
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("ddptrain: the sweep was interrupted")
-    (trial,) = folder.glob("runs/ragged/*/")
-    assert read_result(trial)["status"] == "stopped"
 
 
 def test_a_command_that_is_interrupted_says_so_in_a_line(trained: Path, tmp_path: Path) -> None:

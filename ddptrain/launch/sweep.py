@@ -2,67 +2,104 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
+import os
+import shlex
 import sys
-import time
+from contextlib import suppress
 from itertools import product
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from ddptrain.claim import LAUNCH_LOCK, launching
 from ddptrain.compose import compose, config_trees, hydra_arguments, parse, whole_sections
 from ddptrain.errors import EXIT_COMPLETED, Refused, Stopped, TrainingError
-from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, heard
-from ddptrain.run_directory import open_directory
+from ddptrain.files import make_new
+from ddptrain.launch.trial import Outcome, run_trial
+from ddptrain.observe.result import short
+
+FOLDER = "hydra.sweep.dir"
 
 
 def sweep(overrides: list[str]) -> int:
     """Train once for every combination of the comma-separated values; return the exit code.
 
-    Hydra itself writes only ``multirun.yaml``, under ``runs/sweeps/``; each trial has its run's
-    directory. A trial returns ``checkpoint.metric`` to the sweeper, which a grid does without. One
-    that fails does not keep the others from training; it is told at the end.
+    Or for those that another sweeper of Hydra's chooses. Each trial has its run's directory in the
+    sweep's folder, and its ``checkpoint.metric`` is returned to the sweeper, which a grid does
+    without. One that fails does not keep the others from training; it is told at the end. A sweep
+    that is given the folder of one that was interrupted goes on with it.
     """
     _check_values(overrides)
-    failed: list[str] = []
-    values: dict[str, float | None] = {}
+    folder, rest = _folder(overrides)
+    again = f"ddptrain train --multirun {shlex.join(rest)} {FOLDER}={short(folder)}"
+    print(f"sweep {short(folder)}; to go on with it after an interruption:\n  {again}", flush=True)
+    try:
+        with launching(folder):
+            _hydra(rest, folder)
+    except KeyboardInterrupt:
+        print(_summary(folder))
+        told = "the sweep was interrupted; a trial that was under way has saved"
+        raise Stopped(f"{told}; to go on: {again}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        with suppress(OSError):  # unless there was something before
+            (folder / LAUNCH_LOCK).unlink()
+            folder.rmdir()
+        raise Refused(" ".join(str(error).split())) from None
+    print(_summary(folder))
+    if failed := [each for each in _outcomes(folder) if each.status == "failed"]:
+        count = f"{len(failed)} trial{'s' * (len(failed) > 1)} failed"
+        raise TrainingError(f"{count}: {'; '.join(each.why for each in failed)}")
+    return EXIT_COMPLETED
+
+
+def _folder(overrides: list[str]) -> tuple[Path, list[str]]:
+    """The sweep's folder, which is made if none is named, and the other overrides."""
+    if any(override.lstrip("+").startswith("run.dir=") for override in overrides):
+        raise Refused(f"run.dir is of one run; {FOLDER}=… names the folder of a sweep")
+    named = [line for line in overrides if line.lstrip("+").startswith(f"{FOLDER}=")]
+    if not named:
+        return make_new(Path("runs") / "sweeps"), overrides
+    folder = Path(named[-1].partition("=")[2]).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, [line for line in overrides if line not in named]
+
+
+def _hydra(overrides: list[str], folder: Path) -> None:
+    """Have Hydra's sweeper and launcher run the trials, perhaps on other machines."""
+    whole = whole_sections(overrides)
+    alike = [line for line in parse(overrides) if not line.is_sweep_override()]
+    fixed = {str(override.key_or_group) for override in alike}
 
     @hydra.main(version_base="1.3", config_path=str(config_trees()[0]), config_name="config")
     def trial(_: DictConfig) -> float:
-        chosen = [*HydraConfig.get().overrides.task, *whole_sections(overrides)]
-        told = " ".join(override.lstrip("+") for override in chosen)
-        try:
-            values[told] = value = run_trial(chosen, told)
-            if value is None and "basic" not in HydraConfig.get().sweeper["_target_"]:
-                raise TrainingError(f"{told}: checkpoint.metric is none of its metrics")
-        except TrainingError as error:
-            failed.append(str(error))
-            return math.nan
+        own = HydraConfig.get()
+        number, judge = int(own.job.num), None
+        if "ddptrain_optuna" in own.sweeper["_target_"]:
+            from ddptrain.launch.study import judge_of
+
+            judge = judge_of(own.sweeper, folder, number)
+        needs_value = "basic" not in own.sweeper["_target_"]
+        chosen = [*own.overrides.task, *whole]
+        value = run_trial(folder, number, chosen, fixed, needs_value, judge).value
         return math.nan if value is None else value
 
     own = [
-        "hydra.sweep.dir=runs/sweeps/${now:%Y%m%d-%H%M%S}",
+        f"{FOLDER}='{folder}'",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra.job.chdir=false",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
     ]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or it prints errors itself, and exits
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
-    try:
-        trial()
-    except KeyboardInterrupt:
-        print(_summary(values))
-        told = "the sweep was interrupted; a trial that was under way has saved"
-        raise Stopped(told) from None
-    print(_summary(values))
-    if failed:
-        raise TrainingError(f"{len(failed)} trials failed: {'; '.join(failed)}")
-    return EXIT_COMPLETED
+    trial()
 
 
 def combination(overrides: list[str], number: int) -> list[str]:
@@ -83,7 +120,10 @@ def combination(overrides: list[str], number: int) -> list[str]:
 
 
 def _values(override: Override) -> list[str]:
-    """An override for each of the values that one names."""
+    """An override for each of the values that one names; of an interval, for its ends."""
+    ends = override.value()
+    if isinstance(ends, IntervalSweep):
+        return [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
     return [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
 
 
@@ -94,9 +134,10 @@ def _check_values(overrides: list[str]) -> None:
         line = str(override.input_line)
         if line.lstrip("+").startswith("hydra"):
             continue
-        if not override.is_discrete_sweep():
-            if not override.is_sweep_override():
-                first.append([line])
+        if not override.is_sweep_override():
+            first.append([line])
+            continue
+        if not override.is_discrete_sweep() and not override.is_interval_sweep():
             continue
         values = _values(override)
         first.append(values[:1])
@@ -108,36 +149,16 @@ def _check_values(overrides: list[str]) -> None:
             compose([*chosen[:place], value, *chosen[place + 1 :]])
 
 
-def run_trial(overrides: list[str], told: str) -> float | None:
-    """Train with these overrides in processes of their own.
-
-    Return ``checkpoint.metric``, NaN if it is not finite, None if the run has no such metric.
-    """
-    config = compose(overrides)
-    run = open_directory(config, overrides)
-    print(f"\ntrial: {told}", flush=True)
-    command = [*DDPTRAIN, "train", *overrides, f"run.dir={run.path}"]
-    with heard() as came:
-        process = subprocess.Popen(command)
-        asked = False
-        while process.poll() is None:
-            while came:
-                asked = True
-                process.send_signal(came.popleft())
-            time.sleep(POLL_SECONDS)
-    if asked:
-        raise KeyboardInterrupt
-    if process.returncode:
-        raise TrainingError(f"{told} exited {process.returncode}")
-    metrics = json.loads(run.result.read_text())["metrics"]
-    if config.checkpoint.metric not in metrics:
-        return None
-    value = metrics[config.checkpoint.metric]
-    return math.nan if value is None else float(value)
+def _outcomes(folder: Path) -> list[Outcome]:
+    """Of the trials that have ended, in order of their numbers."""
+    found = [Outcome.read(each) for each in folder.iterdir() if each.is_dir()]
+    return sorted((each for each in found if each is not None), key=lambda each: each.number)
 
 
-def _summary(values: dict[str, float | None]) -> str:
-    """A line for each trial that ended well, with its ``checkpoint.metric`` if it has it."""
-    told = {t: "" if value is None else f"{value:.4f}" for t, value in values.items()}
-    width = max(map(len, told.values()), default=0)
-    return "\n".join([f"\n{len(told)} trials:", *(f"  {v:{width}}  {t}" for t, v in told.items())])
+def _summary(folder: Path) -> str:
+    """A line for each trial that has ended: its ``checkpoint.metric`` if it has it, and its run."""
+    lines = []
+    for each in _outcomes(folder):
+        value = each.status if each.value is None else f"{each.value:.4f}"
+        lines.append(f"  {each.number:3}  {value:>10}  {each.told}")
+    return "\n".join([f"\n{len(lines)} trials in {short(folder)}:", *lines])

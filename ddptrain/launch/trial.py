@@ -1,0 +1,142 @@
+"""A trial of a sweep: a whole run in processes of its own, which leaves its outcome there."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ddptrain.compose import compose
+from ddptrain.errors import EXIT_STOPPED, Refused, TrainingError
+from ddptrain.files import replace_text
+from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, heard
+from ddptrain.observe.loggers import read_json_lines
+from ddptrain.run_directory import RunDirectory
+
+OUTCOME = "trial.json"
+LOOK_SECONDS = 0.5
+"""Between two looks at what a trial has evaluated."""
+Judge = Callable[[int, float], bool]
+"""Is told the metric after so many steps; whether to give up the trial."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial: ``completed``, ``failed`` (and why) or ``pruned``.
+
+    ``told`` is what sets it apart from the sweep's others. ``value`` is ``checkpoint.metric``; None
+    if the run has no such metric, or not yet.
+    """
+
+    number: int
+    told: str
+    overrides: list[str]
+    status: str
+    value: float | None = None
+    why: str = ""
+
+    @staticmethod
+    def read(run_dir: Path) -> Outcome | None:
+        """What was left in a trial's directory; None if it has not ended."""
+        try:
+            return Outcome(**json.loads((run_dir / OUTCOME).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def run_of(folder: Path, number: int) -> Path:
+    """The directory of the run that is a sweep's trial of that number."""
+    return folder / str(number)
+
+
+def run_trial(
+    folder: Path,
+    number: int,
+    overrides: list[str],
+    fixed: set[str],
+    needs_value: bool,
+    judge: Judge | None = None,
+) -> Outcome:
+    """Train with these overrides; one that has ended well before is not run again.
+
+    Those of ``fixed`` keys are alike in all trials.
+    Raises ``Refused`` if it is another sweep's, ``KeyboardInterrupt`` if it was stopped.
+    """
+    run_dir = run_of(folder, number)
+    before = Outcome.read(run_dir)
+    if before is not None and before.overrides != overrides:
+        told = f"{folder} holds another sweep, in which trial {number} was: {before.told}"
+        raise Refused(f"{told}; name another hydra.sweep.dir")
+    plain = [override.lstrip("+") for override in overrides]
+    told = " ".join(line for line in plain if line.partition("=")[0] not in fixed)
+    if before is not None and before.status != "failed":
+        print(f"\ntrial {number}: {told}: {before.status} before", flush=True)
+        return before
+    print(f"\ntrial {number}: {told}", flush=True)
+    status, value, why = _train(run_dir, told, overrides, judge)
+    if status == "completed" and needs_value and (value is None or not math.isfinite(value)):
+        what = "none of its metrics" if value is None else str(value)
+        why = f"{told}: checkpoint.metric is {what}"
+        status, value = "failed", None
+    outcome = Outcome(number, told, overrides, status, value, why)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / OUTCOME, json.dumps(asdict(outcome)))
+    return outcome
+
+
+def _train(
+    run_dir: Path, told: str, overrides: list[str], judge: Judge | None
+) -> tuple[str, float | None, str]:
+    """Run it; its status, its metric and, if it failed, why."""
+    try:
+        metric = compose([*overrides, f"run.dir={run_dir}"]).checkpoint.metric
+    except TrainingError as error:
+        return "failed", None, f"{told}: {error}"
+    run = RunDirectory(run_dir)
+    with heard() as came:
+        process = subprocess.Popen([*DDPTRAIN, "train", *overrides, f"run.dir={run_dir}"])
+        asked: signal.Signals | None = None
+        is_pruned, look = False, 0.0
+        while process.poll() is None:
+            while came:
+                asked = came.popleft()
+                process.send_signal(asked)
+            if judge is not None and not is_pruned and time.monotonic() > look:
+                look = time.monotonic() + LOOK_SECONDS
+                if is_pruned := _is_given_up(run, metric, judge):
+                    print(f"given up: {told}", flush=True)
+                    process.send_signal(signal.SIGTERM)
+            time.sleep(POLL_SECONDS)
+    if process.returncode == EXIT_STOPPED and is_pruned and asked is None:
+        return "pruned", None, ""
+    if asked is not None or process.returncode == EXIT_STOPPED:
+        _stop(asked)
+    if process.returncode:
+        return "failed", None, f"{told} exited {process.returncode}; see {run.logs}"
+    metrics = run.outcome()["metrics"]
+    value = metrics.get(metric, None)
+    if value is None and metric in metrics:
+        value = math.nan
+    return "completed", value, ""
+
+
+def _stop(asked: signal.Signals | None) -> None:
+    """End what runs the trial as it was asked to: submitit starts a job again on its signal."""
+    handler = None if asked is None else signal.getsignal(asked)
+    if asked is not None and callable(handler) and handler is not signal.default_int_handler:
+        signal.raise_signal(asked)
+    raise KeyboardInterrupt
+
+
+def _is_given_up(run: RunDirectory, metric: str, judge: Judge) -> bool:
+    split, _, name = metric.partition("/")
+    for line in read_json_lines(run.metrics):
+        value = line.get(name) if line.get("split") == split else None
+        if value is not None and judge(line["step"], float(value)):
+            return True
+    return False

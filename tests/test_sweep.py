@@ -1,0 +1,263 @@
+"""Sweeps: each trial is a whole run of its own, whatever chooses the trials, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launching import (
+    DDPTRAIN,
+    LIMIT_SECONDS,
+    PROJECT,
+    Finished,
+    kill_tree,
+    read_metrics,
+    read_result,
+    run,
+    start,
+)
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from ddptrain.compose import parse
+from ddptrain.launch.study import distribution
+
+SWEEP = [*DDPTRAIN, "train", "--multirun"]
+SHORT = ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6", "log.every_steps=3"]
+QUICK = [*SHORT, "log.tensorboard=false", "checkpoint.keep_best=0"]
+SEARCH = ["hydra/sweeper=optuna", "optim.lr=tag(log, interval(1e-4, 1e-1))", "seed=1,2"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PROJECT, tmp_path / "project"))
+
+
+def ended_well(finished: Finished) -> str:
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    """What the trials left, in order of their numbers."""
+    found = [json.loads(file.read_text()) for file in folder.glob("*/trial.json")]
+    return sorted(found, key=lambda each: each["number"])
+
+
+def wait_for(file: Path, process: Any) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not file.exists() or not file.stat().st_size:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_each_trial_is_a_run_of_several_ranks_with_a_row_in_hparams(project: Path) -> None:
+    out = ended_well(
+        run([*SWEEP, *SHORT, "optim.lr=0.1,0.03,0.01", "launch.nproc_per_node=2"], project)
+    )
+    (folder,) = (project / "runs" / "sweeps").iterdir()
+    trials = [folder / number for number in "012"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2"]
+    assert [_hparams(path)["optim.lr"] for path in trials] == [0.1, 0.03, 0.01]
+    results = [read_result(path) for path in trials]
+    assert [(each["status"], each["world_size"]) for each in results] == [("completed", 2)] * 3
+    for trial, rate in zip(outcomes(folder), ("0.1", "0.03", "0.01"), strict=True):
+        value = results[trial["number"]]["metrics"]["val/loss"]
+        assert trial["value"] == value
+        assert f"{value:.4f}  optim.lr={rate}" in out
+    leftovers = {p.name for p in project.rglob("*") if p.name in (".hydra", "outputs", "multirun")}
+    assert not leftovers
+
+
+def _hparams(run_dir: Path) -> dict[str, Any]:
+    """The row of a run in the HPARAMS tab; its final and best metrics must be there too."""
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert {"final/val/loss", "best/val/loss"} <= set(events.Tags()["scalars"])
+    contents = [
+        plugin_data_pb2.HParamsPluginData.FromString(content)
+        for content in events.summary_metadata.values()
+        for content in [content.plugin_data.content]
+        if content
+    ]
+    started = next(c for c in contents if c.HasField("session_start_info"))
+    hparams = started.session_start_info.hparams
+    return {name: value.number_value or value.string_value for name, value in hparams.items()}
+
+
+def test_a_sweep_passes_on_what_leaves_a_section_out(project: Path) -> None:
+    without = ["data.val=null", "checkpoint.keep_best=0", "eval.every_steps=null", "model=null"]
+    trial = ["task._target_=ragged.Alone", "optim.lr=0.1", "hydra.sweep.dir=runs/mine"]
+    ended_well(run([*SWEEP, *SHORT, *trial, *without], project))
+    made = project / "runs" / "mine" / "0"
+    assert yaml.safe_load((made / "config.yaml").read_text())["model"] is None
+    assert read_result(made)["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.micro_batch_size=2,-1", "optim.lr=0.1,0.2"], "train.micro_batch_size"),
+        (
+            [*SEARCH, "train.max_steps=int(interval(-5,5))"],
+            "train.max_steps: expected a number above 0",
+        ),
+        (["optim.lr=0.1,0.2", "run.dir=here"], "run.dir is of one run; hydra.sweep.dir=…"),
+        (["optim.lr=interval(0.1,0.2)"], "does not support sweep type : INTERVAL_SWEEP"),
+        (["hydra/sweeper=optunna", "seed=1,2"], "Could not find 'hydra/sweeper/optunna'"),
+        ([*SEARCH, "hydra.sweeper.trials=2"], "Could not override 'hydra.sweeper.trials'"),
+    ],
+)
+def test_an_impossible_sweep_is_refused_before_any_trial(
+    project: Path, overrides: list[str], expected: str
+) -> None:
+    finished = run([*SWEEP, *SHORT, *overrides], project)
+    assert finished.returncode == 2, finished.stderr
+    (line,) = finished.stderr.strip().splitlines()
+    assert expected in line
+    assert not list(project.glob("runs/**/*.*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_interrupted_has_its_trial_save(project: Path, number: int) -> None:
+    slow = [*SHORT, "data.train.seconds=0.05", "train.max_steps=1000", "seed=1,2"]
+    sweep = start([*SWEEP, *slow, "hydra.sweep.dir=runs/mine"], project)
+    trial = project / "runs" / "mine" / "0"
+    wait_for(trial / "metrics.jsonl", sweep)
+    sweep.send_signal(number)
+    _, err = sweep.communicate(timeout=LIMIT_SECONDS)
+    assert sweep.returncode == 75, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("ddptrain: the sweep was interrupted")
+    assert last.endswith(f"ddptrain train --multirun {' '.join(slow)} hydra.sweep.dir=runs/mine")
+    assert read_result(trial)["status"] == "stopped"
+    assert not outcomes(project / "runs" / "mine")
+
+
+def test_a_grid_that_was_killed_goes_on_where_it_was(project: Path) -> None:
+    slow = [*QUICK, "checkpoint.every_steps=1", "data.train.seconds=0.02", "optim.lr=0.1,0.01"]
+    command = [*SWEEP, *slow, "hydra.sweep.dir=runs/mine"]
+    sweep = start(command, project)
+    folder = project / "runs" / "mine"
+    wait_for(folder / "1" / "metrics.jsonl", sweep)
+    kill_tree(sweep.pid)
+    sweep.communicate()
+    finished_before = (folder / "0" / "result.json").stat().st_mtime_ns
+    out = ended_well(run(command, project))
+    assert "trial 0: optim.lr=0.1: completed before" in out
+    assert (folder / "0" / "result.json").stat().st_mtime_ns == finished_before
+    assert read_result(folder / "1")["restarts"] == 1
+    assert [each["status"] for each in outcomes(folder)] == ["completed"] * 2
+    other = run([*SWEEP, *slow[:-1], "optim.lr=0.2,0.01", "hydra.sweep.dir=runs/mine"], project)
+    assert other.returncode == 2
+    assert "holds another sweep, in which trial 0 was: optim.lr=0.1" in other.stderr
+
+
+def test_a_search_that_was_killed_has_the_trials_that_it_would_have_had(project: Path) -> None:
+    """Also what its sampler draws, in the interrupted trials and in those after them."""
+    given = [*SEARCH, "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler.n_startup_trials=2"]
+    given += [*QUICK, "checkpoint.every_steps=1", "data.train.seconds=0.01"]
+    ended_well(run([*SWEEP, *given, "hydra.sweep.dir=runs/clean"], project))
+    killed = [*SWEEP, *given, "hydra.sweep.dir=runs/killed"]
+    for number in (1, 3):
+        sweep = start(killed, project)
+        wait_for(project / "runs" / "killed" / str(number) / "metrics.jsonl", sweep)
+        kill_tree(sweep.pid)
+        sweep.communicate()
+    ended_well(run(killed, project))
+    clean, again = (outcomes(project / "runs" / name) for name in ("clean", "killed"))
+    assert len(clean) == 5
+    assert again == clean
+    restarts = [read_result(project / "runs" / "killed" / str(n))["restarts"] for n in range(5)]
+    assert restarts == [0, 1, 0, 1, 0]
+    best = yaml.safe_load((project / "runs" / "killed" / "best.yaml").read_text())
+    assert best["value"] == min(each["value"] for each in clean)
+    assert 1e-4 <= best["params"]["optim.lr"] <= 1e-1
+
+
+def test_a_trial_that_fails_is_a_failed_trial(project: Path) -> None:
+    given = [
+        *QUICK,
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweep.dir=runs/mine",
+    ]
+    finished = run([*SWEEP, *given, "data.train.fail_at=17,null"], project)
+    trials = outcomes(project / "runs" / "mine")
+    assert len(trials) == 4
+    failed = [each for each in trials if each["status"] == "failed"]
+    assert 0 < len(failed) < 4
+    assert all(each["told"] == "data.train.fail_at=17" for each in failed)
+    assert all(each["value"] > 0 for each in trials if each not in failed)
+    assert finished.returncode == 1
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith(f"ddptrain: {len(failed)} trial")
+    assert "data.train.fail_at=17 exited 1; see " in last
+
+
+def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> None:
+    """A user's own pruner; what is above its threshold at an evaluation is not trained further."""
+    pruners = project / "conf" / "hydra" / "sweeper" / "pruner"
+    pruners.mkdir(parents=True)
+    threshold = "_target_: optuna.pruners.ThresholdPruner\nupper: 0.6\nn_warmup_steps: 20\n"
+    (pruners / "threshold.yaml").write_text(threshold)
+    given = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra/sweeper/pruner=threshold"]
+    given += ["hydra.sweep.dir=runs/mine", "launch.nproc_per_node=2", "optim.lr=1e-7,0.1"]
+    slow = ["data.train.seconds=0.02", "train.max_steps=60"]
+    out = ended_well(run([*SWEEP, *QUICK, *given, *slow], project))
+    for trial in outcomes(project / "runs" / "mine"):
+        run_dir = project / "runs" / "mine" / str(trial["number"])
+        result = read_result(run_dir)
+        evaluated = read_metrics(run_dir, "val")
+        if trial["told"] == "optim.lr=1e-7":
+            assert (trial["status"], result["status"]) == ("pruned", "stopped")
+            assert result["step"] < 60
+            assert evaluated[-1]["loss"] > 0.6
+        else:
+            assert (trial["status"], result["step"]) == ("completed", 60)
+    told = [trial["told"] for trial in outcomes(project / "runs" / "mine")]
+    assert set(told) == {"optim.lr=1e-7", "optim.lr=0.1"}, "both values were to be drawn"
+    assert out.count("given up: optim.lr=1e-7") == told.count("optim.lr=1e-7")
+
+
+def test_jobs_that_start_at_once_do_not_collide(project: Path) -> None:
+    """Of two ranks each: neither in a port, nor in a folder."""
+    command = [*DDPTRAIN, "train", *QUICK, "train.max_steps=2", "eval.every_steps=null"]
+    jobs = [start([*command, "launch.nproc_per_node=2"], project) for _ in range(6)]
+    for job in jobs:
+        _, err = job.communicate(timeout=LIMIT_SECONDS)
+        assert job.returncode == 0, err
+    runs = list((project / "runs" / "ragged").iterdir())
+    assert [read_result(each)["status"] for each in runs] == ["completed"] * 6
+    assert len({read_result(each)["weights_sha256"] for each in runs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a=interval(0.1,1)", FloatDistribution(0.1, 1.0)),
+        ("a=int(interval(1,8))", IntDistribution(1, 8)),
+        ("a=tag(log,interval(1e-4,1e-1))", FloatDistribution(1e-4, 1e-1, log=True)),
+        ("a=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
+        ("a=range(1,10,3)", IntDistribution(1, 7, step=3)),
+        ("a=range(2,10,4)", IntDistribution(2, 6, step=4)),
+        ("a=range(0.5,2,0.5)", FloatDistribution(0.5, 1.5, step=0.5)),
+        ("a=x,null,3", CategoricalDistribution(["x", "null", "3"])),
+    ],
+)
+def test_what_is_searched_is_what_was_typed(override: str, expected: BaseDistribution) -> None:
+    assert distribution(parse([override])[0]) == expected
