@@ -280,6 +280,12 @@ def _diff(parsed: argparse.Namespace) -> int:
     return EXIT_COMPLETED if same else EXIT_FAILED
 
 
+def _compare(parsed: argparse.Namespace) -> int:
+    from ddptrain.observe.compare_folder import compare
+
+    return compare(parsed.runs, parsed.output)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "submit": _submit,
@@ -290,6 +296,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "sample": _sample,
     "replay": _replay,
     "diff": _diff,
+    "compare": _compare,
     "rank": _rank,
     "worker": _worker,
     "node": _node,

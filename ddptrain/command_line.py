@@ -71,8 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("step", type=int, help="counted from 0, as in anomalies.jsonl")
     diff = add("diff", "where two runs parted, and what differed first", run=True)
     diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
+    _add_compare(commands)
     add("rank", None, run=False)
     add("worker", None, run=True).add_argument("--again", action="store_true")
     commands.add_parser("node")
     commands.add_parser("verify-rank").add_argument("folder", type=Path)
     return parser
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "a table, curves and hparams of several runs, the best first"
+    command = commands.add_parser("compare", description=summary, help=summary)
+    folder = "a run's directory, or a folder with runs below it"
+    command.add_argument("runs", type=Path, nargs="+", metavar="run", help=folder)
+    default = "default: compare/ in the nearest folder that holds all of them"
+    command.add_argument("--output", type=Path, metavar="FOLDER", help=default)

@@ -126,10 +126,14 @@ class RunDirectory:
         """Return the config of the newest start. Raises ``Refused`` as ``load`` does."""
         return self._read(self.launched)
 
-    def _read(self, file: Path) -> Config:
-        plain = _read_yaml(file)
+    def stored(self, file: Path | None = None) -> dict[str, Any]:
+        """The stored config unchecked: to look at, whatever has become of what it names."""
+        plain = _read_yaml(file or self.config)
         plain.pop("provenance", None)
-        filled = _filled(_defaults(), plain)
+        return _filled(_defaults(), plain)
+
+    def _read(self, file: Path) -> Config:
+        filled = self.stored(file)
         try:
             return validate(filled)
         except Refused as error:

@@ -156,7 +156,10 @@ def test_the_loop_fits_on_one_screen() -> None:
 
 IMPORTS = [
     ("ddptrain.errors", {"torch", "hydra", "omegaconf", "numpy", "torchmetrics", "yaml"}),
-    ("ddptrain.cli", {"torch", "numpy", "torchmetrics", "tensorboard", "sklearn", "rich"}),
+    (
+        "ddptrain.cli",
+        {"torch", "numpy", "torchmetrics", "tensorboard", "sklearn", "rich", "matplotlib"},
+    ),
 ]
 MORE_IMPORTS = [
     ("ddptrain.tasks", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),

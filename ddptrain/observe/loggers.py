@@ -180,6 +180,15 @@ class _Quiet:
             self.before(failed)
 
 
+def open_writer(folder: Path, purge: int | None = None) -> SummaryWriter:
+    """Begin event files; of a disk that is full the writer tells, and no thread beside it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if not isinstance(threading.excepthook, _Quiet):
+        threading.excepthook = _Quiet(threading.excepthook)
+    return SummaryWriter(str(folder), purge_step=purge)
+
+
 class TensorBoard:
     """Event files: curves against optimiser steps, the config as text, hparams at the end.
 
@@ -197,13 +206,11 @@ class TensorBoard:
     def _writer(self) -> SummaryWriter:
         if self.opened is None:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                import torch.utils.tensorboard  # noqa: F401
             except Exception as error:  # whatever else is installed may not go with it
                 why = f"log.tensorboard=true, but it cannot be imported: {error!r}"
                 raise Refused(f"{why}; mend that, or set it to false") from error
-            if not isinstance(threading.excepthook, _Quiet):
-                threading.excepthook = _Quiet(threading.excepthook)
-            self.opened = SummaryWriter(str(self.folder), purge_step=self.purge)
+            self.opened = open_writer(self.folder, self.purge)
             self.purge = None
             if self.config_text is not None:
                 self.opened.add_text("config", f"```yaml\n{self.config_text}\n```")
