@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from ddptrain import inspection
 from ddptrain.claim import launching
 from ddptrain.command_line import parse
 from ddptrain.compose import compose, to_plain
@@ -235,68 +236,17 @@ def _rerun(parsed: argparse.Namespace) -> int:
     return code
 
 
-def _stored(parsed: argparse.Namespace) -> tuple[RunDirectory, Config]:
-    """The run that was named and its config, read before anything slow is imported."""
-    run = RunDirectory(parsed.run)
-    return run, run.load()
-
-
-def _evaluate(parsed: argparse.Namespace) -> int:
-    run, config = _stored(parsed)
-    from ddptrain.launch.inspect import evaluate
-
-    return evaluate(run, config, parsed.checkpoint, parsed.split)
-
-
-def _export(parsed: argparse.Namespace) -> int:
-    run, config = _stored(parsed)
-    from ddptrain.launch.inspect import export
-
-    return export(run, config, parsed.checkpoint, parsed.output)
-
-
-def _sample(parsed: argparse.Namespace) -> int:
-    run, config = _stored(parsed)
-    from ddptrain.launch.inspect import sample
-
-    return sample(run, config, parsed.checkpoint, parsed.prompt, parsed.length)
-
-
-def _replay(parsed: argparse.Namespace) -> int:
-    run, config = _stored(parsed)
-    from ddptrain.launch.replay import replay
-
-    return replay(run, config, parsed.step)
-
-
-def _diff(parsed: argparse.Namespace) -> int:
-    from ddptrain.observe.difference import circumstances, compare
-
-    runs = RunDirectory(parsed.run), RunDirectory(parsed.other)
-    for line in circumstances(*runs):
-        print(line)
-    same, told = compare(*runs)
-    print(told)
-    return EXIT_COMPLETED if same else EXIT_FAILED
-
-
-def _compare(parsed: argparse.Namespace) -> int:
-    from ddptrain.observe.compare_folder import compare
-
-    return compare(parsed.runs, parsed.output)
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "submit": _submit,
     "config": _config,
     "rerun": _rerun,
-    "evaluate": _evaluate,
-    "export": _export,
-    "sample": _sample,
-    "replay": _replay,
-    "diff": _diff,
-    "compare": _compare,
+    "evaluate": inspection.evaluate,
+    "export": inspection.export,
+    "sample": inspection.sample,
+    "replay": inspection.replay,
+    "diff": inspection.diff,
+    "compare": inspection.compare,
     "rank": _rank,
     "worker": _worker,
     "node": _node,

@@ -223,15 +223,15 @@ def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> 
         run_dir = project / "runs" / "mine" / str(trial["number"])
         result = read_result(run_dir)
         evaluated = read_metrics(run_dir, "val")
-        if trial["told"] == "optim.lr=1e-7":
+        if trial["told"] == "optim.lr=1e-07":
             assert (trial["status"], result["status"]) == ("pruned", "stopped")
             assert result["step"] < 60
             assert evaluated[-1]["loss"] > 0.6
         else:
             assert (trial["status"], result["step"]) == ("completed", 60)
     told = [trial["told"] for trial in outcomes(project / "runs" / "mine")]
-    assert set(told) == {"optim.lr=1e-7", "optim.lr=0.1"}, "both values were to be drawn"
-    assert out.count("given up: optim.lr=1e-7") == told.count("optim.lr=1e-7")
+    assert set(told) == {"optim.lr=1e-07", "optim.lr=0.1"}, "both values were to be drawn"
+    assert out.count("given up: optim.lr=1e-07") == told.count("optim.lr=1e-07")
 
 
 def test_jobs_that_start_at_once_do_not_collide(project: Path) -> None:

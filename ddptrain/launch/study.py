@@ -99,6 +99,7 @@ def judge_of(settings: Any, folder: Path, number: int) -> Judge | None:
     def judge(step: int, value: float) -> bool:
         if step not in reported:
             trial.report(value, step)
+            reported.add(step)
         return trial.should_prune()
 
     return judge
