@@ -37,10 +37,13 @@ MARGIN_SECONDS = 60.0
 REQUEUE_SECONDS = 60.0
 """So long Slurm takes at most to end what it starts again."""
 OF_TASKS = (
-    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK",
-    "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_DISTRIBUTION",
+    "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_", "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK",
+    "SLURM_TRES_PER_TASK", "SLURM_MEM_PER_", "SLURM_DIST", "SLURM_EXACT", "SLURM_CPU_BIND",
+    "SLURM_GPU_BIND", "SLURM_MEM_BIND", "SLURM_TRES_BIND",
 )  # fmt: skip
-"""What sbatch was told of tasks, which srun would take for what it is told."""
+"""How variables begin that tell srun of tasks and their share of a node, as sbatch was asked, or as
+a shell has inherited them: for one agent on a whole node they are wrong, or contradict each other.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,18 @@ class Allocation:
         told = ask("scontrol", "show", "node", os.environ["SLURM_JOB_NODELIST"])
         return dict(re.findall(r"NodeName=(\S+).*?NodeAddr=(\S+)", told, re.DOTALL))
 
-    def cpus_per_node(self) -> int:
-        """Of the nodes' numbers of CPUs, such as ``8(x3),4``, the smallest."""
-        counts = re.sub(r"\(x\d+\)", "", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
-        return min(map(int, counts.split(",")))
+    def gpus(self) -> int:
+        """How many GPUs the job has, if it was asked for them by the task; 0 if not.
+
+        Slurm would hold an agent to the share of one task, unless it is told to give all.
+        """
+        asked = os.environ.get("SLURM_GPUS_PER_TASK", "")
+        asked = asked or ",".join(
+            re.findall(r"\bgpu\b[^,]*", os.environ.get("SLURM_TRES_PER_TASK", ""))
+        )
+        per_task = sum(map(int, re.findall(r"\d+(?=,|$)", asked)))
+        tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+        return per_task * sum(int(count) * int(nodes or 1) for count, nodes in tasks)
 
     def seconds_left(self) -> float | None:
         """Until the job's time is up; None if it has no limit, or that cannot be told."""
@@ -113,12 +124,14 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     store = Store(create_server(("", 0)))
     store.thread.start()
     here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
-    variables = {k: v for k, v in os.environ.items() if k not in OF_TASKS}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(OF_TASKS)}
     variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{store.port}", json.dumps(addresses)
     variables[LAUNCHED] = json.dumps(to_plain(config))
+    # Not --cpus-per-task: it would take no more of any node than the smallest has.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
     srun += [f"--nodes={allocation.nodes}", f"--ntasks={allocation.nodes}"]
-    srun += [f"--cpus-per-task={allocation.cpus_per_node()}", *config.slurm.srun]
+    srun += [f"--gpus={gpus}"] if (gpus := allocation.gpus()) else []
+    srun += config.slurm.srun
     before = _written(run)
     with heard() as signals:
         # A session of its own: Ctrl-C is for the ranks, and srun would ask for a second one.
