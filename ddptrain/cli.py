@@ -168,7 +168,7 @@ def _worker(parsed: argparse.Namespace) -> int:
 
 def _node(_: argparse.Namespace) -> int:
     """Be the agent of a node that `ddptrain train` has started through Slurm."""
-    from ddptrain.launch.slurm import be_node
+    from ddptrain.launch.node import be_node
 
     return be_node()
 

@@ -17,19 +17,23 @@ from pathlib import Path
 from socket import create_server
 
 from ddptrain.compose import to_plain
-from ddptrain.config import Config, Resume, check_world_size
-from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, TrainingError
+from ddptrain.config import Config, Resume
+from ddptrain.errors import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    Refused,
+    TrainingError,
+)
 from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, Store, heard
-from ddptrain.launch.local import RESTARTS, count_ranks
-from ddptrain.place import interface_of, refuse_tasks
-from ddptrain.remembered import LAUNCHED, launched
+from ddptrain.launch.node import ADDRESSES, ENDPOINT, FIRST_ERROR, MAYBE_OF_PEER, WARNED
+from ddptrain.place import refuse_tasks
+from ddptrain.remembered import LAUNCHED
 from ddptrain.resilience.crashes import LAUNCH, Crashes
-from ddptrain.resilience.preemption import heeded
 from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say
 
-ENDPOINT, ADDRESSES = "DDPTRAIN_ENDPOINT", "DDPTRAIN_ADDRESSES"
-"""Where the agents meet, and under which address each of them is reached, for the agents."""
 FIRST_PSEUDO_STEP = 0xFFFFFFF0
 """From here on are batch scripts, interactive shells and the like, which no srun has started."""
 MARGIN_SECONDS = 60.0
@@ -62,7 +66,7 @@ class Allocation:
     def here(cls) -> Allocation | None:
         """That of a batch script or of salloc; None for a single process and outside of Slurm.
 
-        Raises ``Refused`` if srun has started several of this process.
+        Raises ``Refused`` if srun has started several of this process, or for a heterogeneous job.
         """
         found = os.environ
         job = found.get("SLURM_JOB_ID")
@@ -71,6 +75,12 @@ class Allocation:
         if int(found.get("SLURM_STEP_ID", FIRST_PSEUDO_STEP)) < FIRST_PSEUDO_STEP:
             refuse_tasks()
             return None
+        if int(found.get("SLURM_HET_SIZE", "1")) > 1:
+            raise Refused(
+                f"job {job} is a heterogeneous one of {found['SLURM_HET_SIZE']} components, and it "
+                "would train on the first alone: ask for the nodes as one job, without `:` and "
+                "`#SBATCH hetjob`"
+            )
         array = found.get("SLURM_ARRAY_JOB_ID")
         name = f"{array}_{found['SLURM_ARRAY_TASK_ID']}" if array else job
         nodes = int(found.get("SLURM_JOB_NUM_NODES", "1"))
@@ -111,6 +121,21 @@ class Allocation:
         except (TrainingError, ValueError):
             return None
 
+    def was_too_short(self, seconds: float) -> bool:
+        """Whether it was the job's time limit that stopped it, ``seconds`` after the start.
+
+        For a run that was stopped before its first step: the next start would come no further.
+        """
+        left = self.seconds_left()
+        if left is None or left > seconds:
+            return False
+        say(
+            f"ddptrain: job {self.job}: its time was nearly up after {seconds:.0f} s, before the "
+            "first step, so it is not started again; give it more time (--time=…)",
+            sys.stderr,
+        )
+        return True
+
 
 def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     """Train on all nodes of a job; return the exit code.
@@ -120,40 +145,51 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     """
     began = time.time()
     os.environ[LAUNCH] = f"slurm-{allocation.name}"  # over requeues, too
-    addresses = allocation.addresses()
     store = Store(create_server(("", 0)))
     store.thread.start()
+    before = _written(run)
+    with heard() as signals:
+        process = _start_agents(allocation, config, store.port)
+        asked = _wait(process, allocation, config.resilience.grace_seconds, signals)
+        code = process.returncode
+        if code == 0:
+            return EXIT_COMPLETED
+        if _written(run) == before or run.outcome().get("status") != "stopped":
+            if code not in WARNED:
+                _tell_cause(store, run, began)
+                return EXIT_REFUSED if code == EXIT_REFUSED else EXIT_FAILED
+            if allocation.was_too_short(time.time() - began):
+                return EXIT_FAILED
+        if allocation.is_batch and not {signal.SIGTERM, signal.SIGINT} & asked:
+            _requeue(allocation, run, signals)
+    return EXIT_STOPPED
+
+
+def _start_agents(allocation: Allocation, config: Config, port: int) -> subprocess.Popen[bytes]:
+    """Start one agent on each node, all of which meet at ``port`` of this one."""
+    addresses = allocation.addresses()
     here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(OF_TASKS)}
-    variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{store.port}", json.dumps(addresses)
+    variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{port}", json.dumps(addresses)
     variables[LAUNCHED] = json.dumps(to_plain(config))
     # Not --cpus-per-task: it would take no more of any node than the smallest has.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
     srun += [f"--nodes={allocation.nodes}", f"--ntasks={allocation.nodes}"]
     srun += [f"--gpus={gpus}"] if (gpus := allocation.gpus()) else []
-    srun += config.slurm.srun
-    before = _written(run)
-    with heard() as signals:
-        # A session of its own: Ctrl-C is for the ranks, and srun would ask for a second one.
-        process = subprocess.Popen(
-            [*srun, *DDPTRAIN, "node"], env=variables, start_new_session=True
-        )
-        asked = _wait(process, allocation, config.resilience.grace_seconds, signals)
-        if process.returncode == 0:
-            return EXIT_COMPLETED
-        if _written(run) == before or run.outcome().get("status") != "stopped":
-            _tell_cause(run, began)
-            return EXIT_FAILED
-        if allocation.is_batch and not {signal.SIGTERM, signal.SIGINT} & asked:
-            _requeue(allocation, signals)
-    return EXIT_STOPPED
+    command = [*srun, *config.slurm.srun, *DDPTRAIN, "node"]
+    # A session of its own: Ctrl-C is for the ranks, and srun would ask for a second one.
+    return subprocess.Popen(command, env=variables, start_new_session=True)
 
 
-def _tell_cause(run: RunDirectory, began: float) -> None:
-    """Repeat the first error after all that agents say, if a rank could still note it."""
-    for crash in Crashes(run.crashes).of_launch()[-1:]:
-        if crash.time > began:
-            say(f"ddptrain: {crash.error}", sys.stderr)
+def _tell_cause(store: Store, run: RunDirectory, began: float) -> None:
+    """Repeat the first error after all that agents and srun say, if a rank could still tell it."""
+    told = dict.fromkeys((FIRST_ERROR, MAYBE_OF_PEER), "")
+    if store.store is not None:  # srun may have failed before there was one
+        told = {k: store.store.get(k).decode() for k in told if store.store.check([k])}
+    noted = [crash for crash in Crashes(run.crashes).of_launch()[-1:] if crash.time > began]
+    lines = [told.get(FIRST_ERROR), *(f"rank {crash.rank}: {crash.error}" for crash in noted)]
+    for line in [line for line in [*lines, told.get(MAYBE_OF_PEER)] if line][:1]:
+        say(f"ddptrain: {line}", sys.stderr)
 
 
 def _written(run: RunDirectory) -> int:
@@ -183,7 +219,8 @@ def _wait(
             say("the job's time is nearly up: it stops, to go on later", sys.stderr)
             told, at = [*told, signal.SIGUSR1], math.inf
         for number in told:
-            command = ["scancel", f"--signal={int(number)}", allocation.job]
+            # Quietly, for Slurm may have ended the job itself, and told the steps.
+            command = ["scancel", "--quiet", f"--signal={int(number)}", allocation.job]
             tellers.append(subprocess.Popen(command))
         time.sleep(POLL_SECONDS)
     for teller in tellers:  # of a job that Slurm itself ends it tries for half a minute
@@ -192,13 +229,14 @@ def _wait(
     return asked
 
 
-def _requeue(allocation: Allocation, signals: deque[signal.Signals]) -> None:
+def _requeue(allocation: Allocation, run: RunDirectory, signals: deque[signal.Signals]) -> None:
     """Have Slurm start the job again, which ends this process."""
     try:
         ask("scontrol", "requeue", allocation.job)
     except TrainingError as error:
         say(
-            f"ddptrain: job {allocation.job} goes on when it is submitted again: {error}",
+            f"ddptrain: job {allocation.job} is not started again ({error}); the run goes on in "
+            f"another job, with run.dir={run.path}",
             sys.stderr,
         )
     else:
@@ -206,41 +244,6 @@ def _requeue(allocation: Allocation, signals: deque[signal.Signals]) -> None:
         until = time.monotonic() + REQUEUE_SECONDS
         while signal.SIGTERM not in signals and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
-
-
-def be_node() -> int:
-    """Be the agent of this node's ranks, which meets those of the others; return the exit code."""
-    found = os.environ
-    config = launched(found[LAUNCHED])
-    nodes = int(found["SLURM_STEP_NUM_NODES"])
-    ranks = count_ranks(config)
-    check_world_size(config, nodes * ranks)
-    host, _, port = found[ENDPOINT].rpartition(":")
-    restarts = config.launch.max_restarts
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    found.setdefault("OMP_NUM_THREADS", str(threads))
-    here = json.loads(found[ADDRESSES])[found["SLURMD_NODENAME"]]
-    if config.launch.interface is None and (interface := interface_of(here)) is not None:
-        found.setdefault("GLOO_SOCKET_IFNAME", interface)
-    step = f"{found['SLURM_JOB_ID']}.{found.get('SLURM_RESTART_COUNT', 0)}.{found['SLURM_STEP_ID']}"
-    arguments = [
-        *(f"--nnodes={nodes}", f"--nproc-per-node={ranks}"),
-        f"--max-restarts={RESTARTS if restarts is None else restarts}",
-        *("--rdzv-backend=c10d", "--rdzv-conf=is_host=0", f"--rdzv-id={step}"),
-        f"--rdzv-endpoint={host or found['SLURM_LAUNCH_NODE_IPADDR']}:{port}",
-        f"--local-addr={here}",
-        f"--signals-to-handle={','.join(number.name for number in heeded())}",
-        *("-m", "ddptrain", "rank"),
-    ]
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
-    try:
-        main(arguments)
-    except (ChildFailedError, SignalException):
-        return EXIT_FAILED  # what there is to say of it the ranks have said
-    return EXIT_COMPLETED
 
 
 def ask(*command: str) -> str:

@@ -1,0 +1,145 @@
+"""In a step of Slurm: the agent of one node, which starts its ranks and meets the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ddptrain.checkpoint.progress import Progress
+from ddptrain.config import Config, check_world_size
+from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from ddptrain.launch.local import RESTARTS, count_ranks
+from ddptrain.place import interface_of
+from ddptrain.remembered import LAUNCHED, launched
+from ddptrain.resilience.failure import IS_CAUSE, MAY_PASS
+from ddptrain.resilience.preemption import heeded
+from ddptrain.run_directory import RunDirectory
+
+ENDPOINT, ADDRESSES = "DDPTRAIN_ENDPOINT", "DDPTRAIN_ADDRESSES"
+"""Where the agents meet, and under which address each of them is reached, for the agents."""
+FIRST_ERROR, MAYBE_OF_PEER = "ddptrain/first-error", "ddptrain/maybe-of-peer"
+"""Keys in the agents' store of what the launch is to show last, the second if there is no first."""
+STORE_SECONDS = 10.0
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which Slurm asks a job to stop that may go on; SIGTERM also comes of a failure."""
+
+WARNED = {EXIT_STOPPED, *(128 + number for number in WARNINGS)}
+"""Exit codes of srun if agents were asked so, the others before they were there to heed it."""
+
+
+def be_node() -> int:
+    """Be the agent of this node's ranks; return the exit code."""
+    for number in heeded():  # until torch's agent has handlers of its own
+        signal.signal(number, lambda n, _: os._exit(_code_of(n)))
+    config = launched(os.environ[LAUNCHED])
+    arguments = _arguments(config)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    _stop_at_final_errors(config)
+    try:
+        main(arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        _tell_launch(first)
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return EXIT_REFUSED if EXIT_REFUSED in codes else EXIT_FAILED
+    except SignalException as error:
+        return _code_of(error.sigval)
+    finally:
+        for number in heeded():  # torch's handlers would raise amid the interpreter's end
+            signal.signal(number, signal.SIG_IGN)
+    return EXIT_COMPLETED
+
+
+def _code_of(number: int) -> int:
+    return EXIT_STOPPED if number in WARNINGS else EXIT_FAILED
+
+
+def _arguments(config: Config) -> list[str]:
+    """torchrun's, for this node. Raises ``Refused`` if its ranks would have no work."""
+    found = os.environ
+    nodes = int(found["SLURM_STEP_NUM_NODES"])
+    ranks = count_ranks(config)
+    check_world_size(config, nodes * ranks)
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    found.setdefault("OMP_NUM_THREADS", str(threads))
+    here = json.loads(found[ADDRESSES])[found["SLURMD_NODENAME"]]
+    if config.launch.interface is None and (interface := interface_of(here)) is not None:
+        found.setdefault("GLOO_SOCKET_IFNAME", interface)
+    step = f"{found['SLURM_JOB_ID']}.{found.get('SLURM_RESTART_COUNT', 0)}.{found['SLURM_STEP_ID']}"
+    restarts = config.launch.max_restarts
+    return [
+        *(f"--nnodes={nodes}", f"--nproc-per-node={ranks}"),
+        f"--max-restarts={RESTARTS if restarts is None else restarts}",
+        *("--rdzv-backend=c10d", "--rdzv-conf=is_host=0", f"--rdzv-id={step}"),
+        f"--rdzv-endpoint={':'.join(map(str, _endpoint()))}",
+        f"--local-addr={here}",
+        f"--signals-to-handle={','.join(number.name for number in heeded())}",
+        *("-m", "ddptrain", "rank"),
+    ]
+
+
+def _endpoint() -> tuple[str, int]:
+    host, _, port = os.environ[ENDPOINT].rpartition(":")
+    return host or os.environ["SLURM_LAUNCH_NODE_IPADDR"], int(port)
+
+
+def _stop_at_final_errors(config: Config) -> None:
+    """Have torch's agent not start ranks again that would come to the same end.
+
+    As ``launch_ranks`` does on one machine: they were refused, or raised an error of their own
+    before this launch had finished a step.
+    """
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    progress = Progress(RunDirectory(Path(str(config.run.dir))).memories()[0])
+    first = progress.read()
+    monitor = LocalElasticAgent._monitor_workers
+
+    def monitor_workers(agent: LocalElasticAgent, workers: WorkerGroup) -> RunResult:
+        result: RunResult = monitor(agent, workers)
+        for failure in result.failures.values() if result.is_failed() else ():
+            was_raised = _was_raised(failure) and progress.read() <= first
+            if was_raised or failure.exitcode == EXIT_REFUSED:
+                agent._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_workers  # type: ignore[method-assign]
+
+
+def _was_raised(failure: Any) -> bool:
+    """Whether a rank raised an error by itself that will not pass."""
+    extra = _note_of(failure)
+    return failure.exitcode > 0 and extra.get(IS_CAUSE, False) and not extra.get(MAY_PASS, True)
+
+
+def _note_of(failure: Any) -> dict[str, Any]:
+    """What a rank left for its agent, if it did: see ``tell_agent``."""
+    message = failure.message
+    return message.get("extraInfo", {}) if isinstance(message, dict) else {}
+
+
+def _tell_launch(failure: Any) -> None:
+    """Have the launch show a failure last, after all that agents and srun say of it.
+
+    Only if no other agent has done so; a rank may also have failed because it lost another one.
+    """
+    extra = _note_of(failure)
+    lines = str(extra.get("py_callstack", "")).strip().splitlines()
+    if not lines or not extra.get(IS_CAUSE, False):
+        return
+    from torch._C._distributed_c10d import TCPStore
+
+    host, port = _endpoint()
+    with suppress(RuntimeError):  # the launch has gone
+        seconds = timedelta(seconds=STORE_SECONDS)
+        store = TCPStore(host, port, is_master=False, timeout=seconds)
+        store.compare_set(MAYBE_OF_PEER if extra[MAY_PASS] else FIRST_ERROR, "", lines[-1])
