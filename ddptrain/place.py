@@ -6,10 +6,12 @@ import fcntl
 import os
 import socket
 import struct
+import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ddptrain.errors import Refused
+from ddptrain.errors import EXIT_REFUSED, Refused
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process that it starts."""
@@ -99,10 +101,27 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def address_towards(others: Iterable[str], otherwise: str) -> str:
+    """The numeric address that this machine has on the way to the first of ``others`` with a way.
+
+    ``otherwise`` if there is none. Of its own name a machine often knows no more than 127.0.1.1.
+    """
+    for other in others:
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((other, 9))  # sends nothing
+            return str(way.getsockname()[0])
+    return otherwise
+
+
 def refuse_tasks() -> None:
-    """Refuse to be one of several processes of srun, each of which would be a run of its own."""
+    """Refuse to be one of several processes of srun, each of which would be a run of its own.
+
+    The first of them says so, for all.
+    """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1:
+        if os.environ.get("SLURM_PROCID", "0") != "0":
+            sys.exit(EXIT_REFUSED)
         raise Refused(
             f"srun has started {tasks} of these, and each would be a run of its own: leave srun "
             "out, for in a batch script or under salloc `ddptrain train` starts the ranks on all "

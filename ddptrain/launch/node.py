@@ -14,7 +14,7 @@ from ddptrain.checkpoint.progress import Progress
 from ddptrain.config import Config, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from ddptrain.launch.local import RESTARTS, count_ranks
-from ddptrain.place import interface_of
+from ddptrain.place import address_towards, interface_of
 from ddptrain.remembered import LAUNCHED, launched
 from ddptrain.resilience.failure import IS_CAUSE, MAY_PASS
 from ddptrain.resilience.preemption import heeded
@@ -70,7 +70,9 @@ def _arguments(config: Config) -> list[str]:
     check_world_size(config, nodes * ranks)
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     found.setdefault("OMP_NUM_THREADS", str(threads))
-    here = json.loads(found[ADDRESSES])[found["SLURMD_NODENAME"]]
+    addresses: dict[str, str] = json.loads(found[ADDRESSES])
+    known = addresses[found["SLURMD_NODENAME"]]
+    here = address_towards((each for each in addresses.values() if each != known), known)
     if config.launch.interface is None and (interface := interface_of(here)) is not None:
         found.setdefault("GLOO_SOCKET_IFNAME", interface)
     step = f"{found['SLURM_JOB_ID']}.{found.get('SLURM_RESTART_COUNT', 0)}.{found['SLURM_STEP_ID']}"

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from socket import create_server
 
+from ddptrain.claim import LAUNCH_LOCK, LOCK, Lock
 from ddptrain.compose import to_plain
 from ddptrain.config import Config, Resume
 from ddptrain.errors import (
@@ -40,6 +41,8 @@ MARGIN_SECONDS = 60.0
 """So long before its end a job should have saved, besides the time that saving takes."""
 REQUEUE_SECONDS = 60.0
 """So long Slurm takes at most to end what it starts again."""
+LOST_NODE_SECONDS = 600.0
+"""So long a node that Slurm has lost may take to notice, and a disk to give up its locks."""
 OF_TASKS = (
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_", "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK",
     "SLURM_TRES_PER_TASK", "SLURM_MEM_PER_", "SLURM_DIST", "SLURM_EXACT", "SLURM_CPU_BIND",
@@ -92,11 +95,13 @@ class Allocation:
             config.run.dir = str(Path("runs") / str(config.run.name) / f"slurm-{self.name}")
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")):
             config.run.resume = Resume.auto  # it was held against what there was at first
+            _outwait(Path(str(config.run.dir)))
 
     def addresses(self) -> dict[str, str]:
         """The nodes by name, with the address at which Slurm reaches each: it need not resolve."""
-        told = ask("scontrol", "show", "node", os.environ["SLURM_JOB_NODELIST"])
-        return dict(re.findall(r"NodeName=(\S+).*?NodeAddr=(\S+)", told, re.DOTALL))
+        told = ask("scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"])
+        found = re.findall(r"^NodeName=(\S+)(?:.*? NodeAddr=(\S+))?", told, re.MULTILINE)
+        return {name: address or name for name, address in found}
 
     def gpus(self) -> int:
         """How many GPUs the job has, if it was asked for them by the task; 0 if not.
@@ -135,6 +140,18 @@ class Allocation:
             sys.stderr,
         )
         return True
+
+
+def _outwait(folder: Path) -> None:
+    """Give the start before time to leave the run: on a node that Slurm has lost it may live on."""
+    until = time.monotonic() + LOST_NODE_SECONDS
+    locks = [Lock(folder / name) for name in (LAUNCH_LOCK, LOCK)]
+    said = ""
+    while time.monotonic() < until and (taken := [lock for lock in locks if lock.is_taken()]):
+        if not said:
+            said = f"{folder} is in use by {taken[0].holder() or 'a start before'}; waiting for it"
+            say(said, sys.stderr)
+        time.sleep(1)
 
 
 def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
