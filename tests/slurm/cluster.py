@@ -1,6 +1,6 @@
 """A Slurm of its own on this machine, so that what users submit is run by the real scheduler.
 
-One controller and two nodes from the distribution's packages, as plain child processes; all their
+One controller and a few nodes from the distribution's packages, as plain child processes; all their
 files lie in one folder, and nothing of theirs is left at the end.
 """
 
@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-NODES = ("n1", "n2")
+NODES = {"n1": "CPUs=2", "n2": "CPUs=2", "n3": "CPUs=4"}
+"""Names, and what they say of themselves. All have two GPUs, which are no more than numbers."""
 LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")
 """States of a job that has not ended."""
 
@@ -41,7 +42,8 @@ def missing_binaries() -> list[str]:
 class Cluster:
     """A running Slurm; ``with Cluster() as slurm`` starts and ends it."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: Mapping[str, str] = NODES) -> None:
+        self.nodes = nodes
         # Not below pytest's folder: the path of a Unix socket may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.conf = self.folder / "slurm.conf"
@@ -54,7 +56,7 @@ class Cluster:
             self._start("munged", "--foreground", *self._munge_files())
             wait_until(self._socket.exists, "munged", self._trouble)
             self._start("slurmctld", "-D")
-            for node in NODES:
+            for node in self.nodes:
                 self._start("slurmd", "-D", "-N", node)
             wait_until(self._is_idle, "Slurm's nodes", self._trouble)
         except BaseException:
@@ -104,7 +106,7 @@ class Cluster:
     @contextmanager
     def without(self, node: str) -> Iterator[None]:
         """Have a node die with all that runs on it, and tell Slurm; it comes back in the end."""
-        number = 2 + NODES.index(node)
+        number = 2 + list(self.nodes).index(node)
         self.daemons[number].kill()
         self.daemons[number].wait()
         for process in self._processes():
@@ -142,7 +144,9 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         (self.folder / "state").mkdir()
         (self.folder / "spool").mkdir()
-        self.conf.write_text(_slurm_conf(self.folder, self._socket))
+        self.conf.write_text(_slurm_conf(self.folder, self._socket, self.nodes))
+        gpus = "".join(f"Name=gpu File={each}\n" for each in ("/dev/null", "/dev/zero"))
+        (self.folder / "gres.conf").write_text(gpus)
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={self._cgroup_plugin()}\n")
 
     def _cgroup_plugin(self) -> str:
@@ -183,7 +187,7 @@ class Cluster:
             states = self._call("sinfo", "--noheader", "--Node", "--format=%T")
         except RuntimeError:
             return False  # the controller does not answer yet
-        return states.split() == ["idle"] * len(NODES)
+        return states.split() == ["idle"] * len(self.nodes)
 
     def _trouble(self) -> str:
         """The end of every daemon's log."""
@@ -203,7 +207,7 @@ class Cluster:
 
     def _is_whole(self) -> bool:
         alive = [daemon for daemon in self.daemons if daemon.poll() is None]
-        return len(alive) == 2 + len(NODES)
+        return len(alive) == 2 + len(self.nodes)
 
     def _kill_leftovers(self) -> None:
         for process in self._processes():
@@ -245,13 +249,14 @@ def _environment() -> dict[str, str]:
     return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def _slurm_conf(folder: Path, munge_socket: Path) -> str:
+def _slurm_conf(folder: Path, munge_socket: Path, nodes: Mapping[str, str]) -> str:
     # By its name the controller knows itself; addresses are given, since names may not resolve.
     host = socket.gethostname().partition(".")[0]
-    controller, *nodes = _free_ports(1 + len(NODES))
+    controller, *ports = _free_ports(1 + len(nodes))
     node_lines = "\n".join(
-        f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=2"
-        for name, port in zip(NODES, nodes, strict=True)
+        f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} {what} "
+        "RealMemory=1000 Gres=gpu:2"
+        for (name, what), port in zip(nodes.items(), ports, strict=True)
     )
     # Jobs derive ports from their ids, and another Slurm may be under test on this machine.
     first_job = random.SystemRandom().randrange(1, 1_000_000)
@@ -273,7 +278,9 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
-SelectType=select/linear
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
 # A node may say that it has another number of processors than the machine.
 SlurmdParameters=config_overrides
 ReturnToService=2
