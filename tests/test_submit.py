@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,6 +38,20 @@ def test_a_dry_run_prints_the_script_and_makes_nothing(tmp_path: Path) -> None:
     assert """'run.name="it'"'"'s"'""" in lines[-1]
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
     assert not (folder / "runs").exists()
+
+
+def test_what_has_spaces_and_quotes_is_one_option(tmp_path: Path) -> None:
+    """Slurm takes options apart as a shell does."""
+    folder = Path(shutil.copytree(PROJECT, tmp_path / "my project"))
+    done = run([*SUBMIT, """run.name="it's mine\"""", "--dry-run"], folder)
+    assert done.returncode == 0, done.stderr
+    options = [
+        shlex.split(line.removeprefix("#SBATCH "))
+        for line in done.stdout.splitlines()
+        if line.startswith("#SBATCH ")
+    ]
+    assert all(len(option) == 1 for option in options)
+    assert {f"--chdir={folder}", "--job-name=it's mine"} <= {option for (option,) in options}
 
 
 def test_a_typo_is_answered_before_anything_is_made(tmp_path: Path) -> None:

@@ -77,5 +77,7 @@ def _options(slurm: SlurmConfig, name: str, run: RunDirectory) -> list[str]:
         "output": run.logs / "slurm-%j.out",
         "open-mode": "append",
     }
-    given = [f"--{option}={value}" for option, value in wanted.items() if value is not None]
+    given = [
+        f"--{option}={quote(str(value))}" for option, value in wanted.items() if value is not None
+    ]
     return [*given, "--requeue", *slurm.sbatch]
