@@ -104,7 +104,8 @@ def _submit(parsed: argparse.Namespace) -> int:
 def _start(config: Config, overrides: list[str], rerun_of: str | None = None) -> int:
     """Start the ranks of one run on this machine and wait for them."""
     phases = Phases()
-    from ddptrain.launch.slurm import Allocation, launch_on
+    from ddptrain.launch.allocation import Allocation
+    from ddptrain.launch.slurm import launch_on
 
     allocation = Allocation.here()
     if allocation is not None:
@@ -166,11 +167,11 @@ def _worker(parsed: argparse.Namespace) -> int:
     )
 
 
-def _node(_: argparse.Namespace) -> int:
+def _node(parsed: argparse.Namespace) -> int:
     """Be the agent of a node that `ddptrain train` has started through Slurm."""
     from ddptrain.launch.node import be_node
 
-    return be_node()
+    return be_node(parsed.of_ranks)
 
 
 def _verify(parsed: argparse.Namespace) -> int:
@@ -194,14 +195,20 @@ def _verify_rank(parsed: argparse.Namespace) -> int:
 
 def _doctor(parsed: argparse.Namespace) -> int:
     """Try a launch: be one of its ranks, or start them."""
-    config = compose(parsed.overrides)
-    place = Place.from_environment()
+    from ddptrain.launch.allocation import Allocation
     from ddptrain.launch.local import count_ranks, try_ranks
+    from ddptrain.launch.slurm import try_on
 
-    ranks = count_ranks(config)
-    if "RANK" not in os.environ and ranks > 1:
+    place = Place.from_environment()
+    config = compose_once(parsed.overrides, place)
+    if "RANK" not in os.environ:
+        allocation = Allocation.here()
+        if allocation is not None:
+            return try_on(allocation, config)
+        ranks = count_ranks(config)
         check_world_size(config, ranks)
-        return try_ranks(["doctor", *parsed.overrides], ranks)
+        if ranks > 1:
+            return try_ranks(["doctor", *parsed.overrides], ranks)
     from ddptrain.launch.doctor import doctor
 
     return doctor(config, place)

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     add("rank", None, run=False)
     add("worker", None, run=True).add_argument("--again", action="store_true")
-    commands.add_parser("node")
+    commands.add_parser("node").add_argument("of_ranks", metavar="COMMAND")
     commands.add_parser("verify-rank").add_argument("folder", type=Path)
     return parser
 

@@ -12,7 +12,8 @@ from launching import DDPTRAIN, PROJECT
 
 from ddptrain.compose import compose
 from ddptrain.config import Resume
-from ddptrain.launch.slurm import OF_TASKS, Allocation
+from ddptrain.launch.allocation import Allocation
+from ddptrain.launch.slurm import OF_TASKS
 from ddptrain.place import address_towards, interface_of
 
 JOB = Allocation("7", "7", 2, is_batch=True)

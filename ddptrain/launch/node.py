@@ -14,7 +14,7 @@ from ddptrain.checkpoint.progress import Progress
 from ddptrain.config import Config, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from ddptrain.launch.local import RESTARTS, count_ranks
-from ddptrain.place import address_towards, interface_of
+from ddptrain.place import address_towards
 from ddptrain.remembered import LAUNCHED, launched
 from ddptrain.resilience.failure import IS_CAUSE, MAY_PASS
 from ddptrain.resilience.preemption import heeded
@@ -24,6 +24,8 @@ ENDPOINT, ADDRESSES = "DDPTRAIN_ENDPOINT", "DDPTRAIN_ADDRESSES"
 """Where the agents meet, and under which address each of them is reached, for the agents."""
 FIRST_ERROR, MAYBE_OF_PEER = "ddptrain/first-error", "ddptrain/maybe-of-peer"
 """Keys in the agents' store of what the launch is to show last, the second if there is no first."""
+HERE = "ddptrain/here/"
+"""Before a node's name there: its agent has come."""
 STORE_SECONDS = 10.0
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals by which Slurm asks a job to stop that may go on; SIGTERM also comes of a failure."""
@@ -32,22 +34,24 @@ WARNED = {EXIT_STOPPED, *(128 + number for number in WARNINGS)}
 """Exit codes of srun if agents were asked so, the others before they were there to heed it."""
 
 
-def be_node() -> int:
-    """Be the agent of this node's ranks; return the exit code."""
+def be_node(command: str) -> int:
+    """Be the agent of this node's ranks, each of which is a ``command``; return the exit code."""
     for number in heeded():  # until torch's agent has handlers of its own
         signal.signal(number, lambda n, _: os._exit(_code_of(n)))
     config = launched(os.environ[LAUNCHED])
-    arguments = _arguments(config)
+    arguments = _arguments(config, command)
+    _tell_launch(HERE + os.environ["SLURMD_NODENAME"], "1")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    _stop_at_final_errors(config)
+    if command == "rank":
+        _stop_at_final_errors(config)
     try:
         main(arguments)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        _tell_launch(first)
+        _tell_first_error(first)
         codes = {failure.exitcode for failure in error.failures.values()}
         return EXIT_REFUSED if EXIT_REFUSED in codes else EXIT_FAILED
     except SignalException as error:
@@ -62,7 +66,7 @@ def _code_of(number: int) -> int:
     return EXIT_STOPPED if number in WARNINGS else EXIT_FAILED
 
 
-def _arguments(config: Config) -> list[str]:
+def _arguments(config: Config, command: str) -> list[str]:
     """torchrun's, for this node. Raises ``Refused`` if its ranks would have no work."""
     found = os.environ
     nodes = int(found["SLURM_STEP_NUM_NODES"])
@@ -73,18 +77,16 @@ def _arguments(config: Config) -> list[str]:
     addresses: dict[str, str] = json.loads(found[ADDRESSES])
     known = addresses[found["SLURMD_NODENAME"]]
     here = address_towards((each for each in addresses.values() if each != known), known)
-    if config.launch.interface is None and (interface := interface_of(here)) is not None:
-        found.setdefault("GLOO_SOCKET_IFNAME", interface)
     step = f"{found['SLURM_JOB_ID']}.{found.get('SLURM_RESTART_COUNT', 0)}.{found['SLURM_STEP_ID']}"
-    restarts = config.launch.max_restarts
+    restarts = RESTARTS if config.launch.max_restarts is None else config.launch.max_restarts
     return [
         *(f"--nnodes={nodes}", f"--nproc-per-node={ranks}"),
-        f"--max-restarts={RESTARTS if restarts is None else restarts}",
+        f"--max-restarts={restarts if command == 'rank' else 0}",
         *("--rdzv-backend=c10d", "--rdzv-conf=is_host=0", f"--rdzv-id={step}"),
         f"--rdzv-endpoint={':'.join(map(str, _endpoint()))}",
         f"--local-addr={here}",
         f"--signals-to-handle={','.join(number.name for number in heeded())}",
-        *("-m", "ddptrain", "rank"),
+        *("-m", "ddptrain", command),
     ]
 
 
@@ -129,7 +131,7 @@ def _note_of(failure: Any) -> dict[str, Any]:
     return message.get("extraInfo", {}) if isinstance(message, dict) else {}
 
 
-def _tell_launch(failure: Any) -> None:
+def _tell_first_error(failure: Any) -> None:
     """Have the launch show a failure last, after all that agents and srun say of it.
 
     Only if no other agent has done so; a rank may also have failed because it lost another one.
@@ -138,10 +140,14 @@ def _tell_launch(failure: Any) -> None:
     lines = str(extra.get("py_callstack", "")).strip().splitlines()
     if not lines or not extra.get(IS_CAUSE, False):
         return
+    _tell_launch(MAYBE_OF_PEER if extra[MAY_PASS] else FIRST_ERROR, lines[-1])
+
+
+def _tell_launch(key: str, value: str) -> None:
+    """Leave a value with the launch, unless another agent has."""
     from torch._C._distributed_c10d import TCPStore
 
     host, port = _endpoint()
     with suppress(RuntimeError):  # the launch has gone
         seconds = timedelta(seconds=STORE_SECONDS)
-        store = TCPStore(host, port, is_master=False, timeout=seconds)
-        store.compare_set(MAYBE_OF_PEER if extra[MAY_PASS] else FIRST_ERROR, "", lines[-1])
+        TCPStore(host, port, is_master=False, timeout=seconds).compare_set(key, "", value)

@@ -5,44 +5,36 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from socket import create_server
 
-from ddptrain.claim import LAUNCH_LOCK, LOCK, Lock
 from ddptrain.compose import to_plain
-from ddptrain.config import Config, Resume
+from ddptrain.config import Config
 from ddptrain.errors import (
     EXIT_COMPLETED,
     EXIT_FAILED,
     EXIT_REFUSED,
     EXIT_STOPPED,
-    Refused,
     TrainingError,
 )
 from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, Store, heard
-from ddptrain.launch.node import ADDRESSES, ENDPOINT, FIRST_ERROR, MAYBE_OF_PEER, WARNED
-from ddptrain.place import refuse_tasks
+from ddptrain.launch.agreement import meeting_seconds
+from ddptrain.launch.allocation import Allocation, ask
+from ddptrain.launch.node import ADDRESSES, ENDPOINT, FIRST_ERROR, HERE, MAYBE_OF_PEER, WARNED
 from ddptrain.remembered import LAUNCHED
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say
 
-FIRST_PSEUDO_STEP = 0xFFFFFFF0
-"""From here on are batch scripts, interactive shells and the like, which no srun has started."""
 MARGIN_SECONDS = 60.0
 """So long before its end a job should have saved, besides the time that saving takes."""
 REQUEUE_SECONDS = 60.0
 """So long Slurm takes at most to end what it starts again."""
-LOST_NODE_SECONDS = 600.0
-"""So long a node that Slurm has lost may take to notice, and a disk to give up its locks."""
 OF_TASKS = (
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_", "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK",
     "SLURM_TRES_PER_TASK", "SLURM_MEM_PER_", "SLURM_DIST", "SLURM_EXACT", "SLURM_CPU_BIND",
@@ -51,107 +43,6 @@ OF_TASKS = (
 """How variables begin that tell srun of tasks and their share of a node, as sbatch was asked, or as
 a shell has inherited them: for one agent on a whole node they are wrong, or contradict each other.
 """
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The nodes of a job, on which this process is to start ranks. ``name`` tells it from others.
-
-    Of an array's tasks each has a name of its own.
-    """
-
-    job: str
-    name: str
-    nodes: int
-    is_batch: bool
-
-    @classmethod
-    def here(cls) -> Allocation | None:
-        """That of a batch script or of salloc; None for a single process and outside of Slurm.
-
-        Raises ``Refused`` if srun has started several of this process, or for a heterogeneous job.
-        """
-        found = os.environ
-        job = found.get("SLURM_JOB_ID")
-        if job is None:
-            return None
-        if int(found.get("SLURM_STEP_ID", FIRST_PSEUDO_STEP)) < FIRST_PSEUDO_STEP:
-            refuse_tasks()
-            return None
-        if int(found.get("SLURM_HET_SIZE", "1")) > 1:
-            raise Refused(
-                f"job {job} is a heterogeneous one of {found['SLURM_HET_SIZE']} components, and it "
-                "would train on the first alone: ask for the nodes as one job, without `:` and "
-                "`#SBATCH hetjob`"
-            )
-        array = found.get("SLURM_ARRAY_JOB_ID")
-        name = f"{array}_{found['SLURM_ARRAY_TASK_ID']}" if array else job
-        nodes = int(found.get("SLURM_JOB_NUM_NODES", "1"))
-        return cls(job, name, nodes, found.get("ENVIRONMENT") == "BATCH")
-
-    def find_itself(self, config: Config) -> None:
-        """Have a batch job come back to its run, for whatever reason Slurm starts it again."""
-        if self.is_batch and config.run.dir is None:
-            config.run.dir = str(Path("runs") / str(config.run.name) / f"slurm-{self.name}")
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")):
-            config.run.resume = Resume.auto  # it was held against what there was at first
-            _outwait(Path(str(config.run.dir)))
-
-    def addresses(self) -> dict[str, str]:
-        """The nodes by name, with the address at which Slurm reaches each: it need not resolve."""
-        told = ask("scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"])
-        found = re.findall(r"^NodeName=(\S+)(?:.*? NodeAddr=(\S+))?", told, re.MULTILINE)
-        return {name: address or name for name, address in found}
-
-    def gpus(self) -> int:
-        """How many GPUs the job has, if it was asked for them by the task; 0 if not.
-
-        Slurm would hold an agent to the share of one task, unless it is told to give all.
-        """
-        asked = os.environ.get("SLURM_GPUS_PER_TASK", "")
-        asked = asked or ",".join(
-            re.findall(r"\bgpu\b[^,]*", os.environ.get("SLURM_TRES_PER_TASK", ""))
-        )
-        per_task = sum(map(int, re.findall(r"\d+(?=,|$)", asked)))
-        tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_TASKS_PER_NODE", "1"))
-        return per_task * sum(int(count) * int(nodes or 1) for count, nodes in tasks)
-
-    def seconds_left(self) -> float | None:
-        """Until the job's time is up; None if it has no limit, or that cannot be told."""
-        if end := os.environ.get("SLURM_JOB_END_TIME"):
-            return float(end) - time.time()
-        try:
-            told = ask("squeue", "--noheader", f"--jobs={self.job}", "--format=%e")
-            return datetime.fromisoformat(told.strip()).timestamp() - time.time()
-        except (TrainingError, ValueError):
-            return None
-
-    def was_too_short(self, seconds: float) -> bool:
-        """Whether it was the job's time limit that stopped it, ``seconds`` after the start.
-
-        For a run that was stopped before its first step: the next start would come no further.
-        """
-        left = self.seconds_left()
-        if left is None or left > seconds:
-            return False
-        say(
-            f"ddptrain: job {self.job}: its time was nearly up after {seconds:.0f} s, before the "
-            "first step, so it is not started again; give it more time (--time=…)",
-            sys.stderr,
-        )
-        return True
-
-
-def _outwait(folder: Path) -> None:
-    """Give the start before time to leave the run: on a node that Slurm has lost it may live on."""
-    until = time.monotonic() + LOST_NODE_SECONDS
-    locks = [Lock(folder / name) for name in (LAUNCH_LOCK, LOCK)]
-    said = ""
-    while time.monotonic() < until and (taken := [lock for lock in locks if lock.is_taken()]):
-        if not said:
-            said = f"{folder} is in use by {taken[0].holder() or 'a start before'}; waiting for it"
-            say(said, sys.stderr)
-        time.sleep(1)
 
 
 def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
@@ -166,13 +57,14 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     store.thread.start()
     before = _written(run)
     with heard() as signals:
-        process = _start_agents(allocation, config, store.port)
-        asked = _wait(process, allocation, config.resilience.grace_seconds, signals)
+        agents = _start_agents(allocation, config, store, "rank")
+        process = agents.process
+        asked = _wait(agents, allocation, config.resilience.grace_seconds, signals)
         code = process.returncode
         if code == 0:
             return EXIT_COMPLETED
         if _written(run) == before or run.outcome().get("status") != "stopped":
-            if code not in WARNED:
+            if code not in WARNED or agents.missing:
                 _tell_cause(store, run, began)
                 return EXIT_REFUSED if code == EXIT_REFUSED else EXIT_FAILED
             if allocation.was_too_short(time.time() - began):
@@ -182,20 +74,67 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     return EXIT_STOPPED
 
 
-def _start_agents(allocation: Allocation, config: Config, port: int) -> subprocess.Popen[bytes]:
-    """Start one agent on each node, all of which meet at ``port`` of this one."""
+def try_on(allocation: Allocation, config: Config) -> int:
+    """Run `ddptrain doctor` on all nodes of a job; return the exit code."""
+    store = Store(create_server(("", 0)))
+    store.thread.start()
+    with heard() as signals:
+        agents = _start_agents(allocation, config, store, "doctor")
+        _wait(agents, allocation, config.resilience.grace_seconds, signals)
+    code = agents.process.returncode
+    return code if code in (EXIT_COMPLETED, EXIT_REFUSED) else EXIT_FAILED
+
+
+@dataclass
+class Agents:
+    """Those that srun starts, one on each node; a node that did not come in time is ``missing``."""
+
+    process: subprocess.Popen[bytes]
+    store: Store
+    addresses: dict[str, str]
+    seconds: float | None
+    missing: bool = False
+
+    def __post_init__(self) -> None:
+        self.until = math.inf if self.seconds is None else time.monotonic() + self.seconds
+
+    def end_if_one_is_missing(self) -> None:
+        """Name the nodes whose agents are not there by then, and end the others."""
+        if time.monotonic() < self.until:
+            return
+        self.until = math.inf
+        known = self.store.store
+        if absent := [
+            f"{name} ({address})"
+            for name, address in self.addresses.items()
+            if known is None or not known.check([HERE + name])
+        ]:
+            self.missing = True
+            nodes = ", ".join(absent)
+            say(
+                f"ddptrain: of {len(self.addresses)} nodes {nodes} did not come within "
+                f"{self.seconds:g} s: see whether srun can start Python there (its disks, its "
+                "network), leave it out (--exclude), or give it more time (launch.timeout)",
+                sys.stderr,
+            )
+            self.process.terminate()
+
+
+def _start_agents(allocation: Allocation, config: Config, store: Store, command: str) -> Agents:
+    """Start one agent on each node, all of which meet at the ``store``, for ranks of a command."""
     addresses = allocation.addresses()
     here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(OF_TASKS)}
-    variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{port}", json.dumps(addresses)
+    variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{store.port}", json.dumps(addresses)
     variables[LAUNCHED] = json.dumps(to_plain(config))
     # Not --cpus-per-task: it would take no more of any node than the smallest has.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
     srun += [f"--nodes={allocation.nodes}", f"--ntasks={allocation.nodes}"]
     srun += [f"--gpus={gpus}"] if (gpus := allocation.gpus()) else []
-    command = [*srun, *config.slurm.srun, *DDPTRAIN, "node"]
+    srun += [*config.slurm.srun, *DDPTRAIN, "node", command]
     # A session of its own: Ctrl-C is for the ranks, and srun would ask for a second one.
-    return subprocess.Popen(command, env=variables, start_new_session=True)
+    process = subprocess.Popen(srun, env=variables, start_new_session=True)
+    return Agents(process, store, addresses, meeting_seconds(config))
 
 
 def _tell_cause(store: Store, run: RunDirectory, began: float) -> None:
@@ -214,7 +153,7 @@ def _written(run: RunDirectory) -> int:
 
 
 def _wait(
-    process: subprocess.Popen[bytes],
+    agents: Agents,
     allocation: Allocation,
     grace_seconds: float,
     signals: deque[signal.Signals],
@@ -229,7 +168,8 @@ def _wait(
     at = math.inf
     if left is not None:
         at = time.monotonic() + left - min(grace_seconds + MARGIN_SECONDS, left / 4)
-    while process.poll() is None:
+    while agents.process.poll() is None:
+        agents.end_if_one_is_missing()
         told = [signals.popleft() for _ in range(len(signals))]
         asked |= set(told)
         if time.monotonic() > at:
@@ -261,14 +201,3 @@ def _requeue(allocation: Allocation, run: RunDirectory, signals: deque[signal.Si
         until = time.monotonic() + REQUEUE_SECONDS
         while signal.SIGTERM not in signals and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
-
-
-def ask(*command: str) -> str:
-    """What a command of Slurm's prints. Raises ``TrainingError``."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        raise TrainingError(f"{command[0]} is not there: load Slurm's module") from None
-    except subprocess.CalledProcessError as error:
-        raise TrainingError(f"{' '.join(command)}: {error.stderr.strip()}") from None
-    return done.stdout

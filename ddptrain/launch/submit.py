@@ -9,7 +9,7 @@ from shlex import quote
 from ddptrain.config import Config, SlurmConfig
 from ddptrain.errors import EXIT_COMPLETED
 from ddptrain.files import make_new, replace_text
-from ddptrain.launch.slurm import ask
+from ddptrain.launch.allocation import ask
 from ddptrain.observe.result import short
 from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.screen import say

@@ -250,3 +250,43 @@ def test_a_submitted_job_runs_the_code_that_there_was(slurm: Cluster, tmp_path: 
     assert "set up" in output
     result = json.loads((project / told["run"] / "result.json").read_text())
     assert (result["status"], result["step"], result["world_size"]) == ("completed", 8, 2)
+
+
+def test_the_doctor_tries_all_nodes_of_a_job(slurm: Cluster, tmp_path: Path) -> None:
+    """Both are this machine, at the same address."""
+    doctor = ("python", "-m", "ddptrain", "doctor", *OVERRIDES)
+    done = slurm.run(tmp_path, "salloc", "--nodes=2", *doctor)
+    assert done.returncode == 0, done.stderr
+    assert "ranks       ok  2: 2 on " in done.stdout, done.stdout
+    assert "all-reduce  ok  4.1 kB in " in done.stdout
+
+
+def test_a_node_that_does_not_come_is_named(slurm: Cluster, tmp_path: Path) -> None:
+    """Its Python does not get as far as to say that it is there."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('SLURM_STEP_ID') == '0' and os.environ['SLURM_NODEID'] == '1':\n"
+        "    time.sleep(1000)\n"
+    )
+    given = ["launch.timeout=8", f"run.dir={tmp_path / 'run'}"]
+    path = f"PYTHONPATH={tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    command = ["salloc", "--nodes=2", "--nodelist=n1,n2", "env", path, *TRAIN, *given]
+    done = slurm.run(tmp_path, *command)
+    assert done.returncode == 1
+    assert "ddptrain: of 2 nodes n2 (127.0.0.1) did not come within 8 s" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_path: Path) -> None:
+    """Of two ranks; one of the trials fails, and is a failed trial."""
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    sweep = [*TRAIN[:4], "--multirun", "hydra/launcher=submitit_slurm", "hydra.sweep.dir=mine"]
+    sweep += ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6"]
+    sweep += ["log.tensorboard=false", "checkpoint.keep_best=0", "launch.nproc_per_node=2"]
+    done = slurm.run(project, *sweep, "data.train.fail_at=17,null")
+    assert done.returncode == 1, done.stdout + done.stderr
+    trials = [json.loads((project / "mine" / n / "trial.json").read_text()) for n in "01"]
+    assert [each["status"] for each in trials] == ["failed", "completed"]
+    result = json.loads((project / "mine" / "1" / "result.json").read_text())
+    assert (result["world_size"], result["metrics"]["val/loss"]) == (2, trials[1]["value"])
+    assert "1 trial failed: data.train.fail_at=17 exited 1" in done.stderr
