@@ -161,4 +161,6 @@ def _summary(folder: Path) -> str:
     for each in _outcomes(folder):
         value = each.status if each.value is None else f"{each.value:.4f}"
         lines.append(f"  {each.number:3}  {value:>10}  {each.told}")
-    return "\n".join([f"\n{len(lines)} trials in {short(folder)}:", *lines])
+    heading = f"\n{len(lines)} trial{'s' * (len(lines) != 1)} in {short(folder)}:"
+    hint = [f"compare      ddptrain compare {short(folder)}"] if lines else []
+    return "\n".join([heading, *lines, *hint])
