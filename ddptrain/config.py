@@ -161,6 +161,7 @@ class SlurmConfig:
     srun: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
     python: str | None = MISSING
+    interface: str | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)

@@ -169,21 +169,20 @@ def test_a_grid_that_was_killed_goes_on_where_it_was(project: Path) -> None:
 
 def test_a_search_that_was_killed_has_the_trials_that_it_would_have_had(project: Path) -> None:
     """Also what its sampler draws, in the interrupted trials and in those after them."""
-    given = [*SEARCH, "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler.n_startup_trials=2"]
+    given = [*SEARCH, "hydra.sweeper.n_trials=4", "hydra.sweeper.sampler.n_startup_trials=2"]
     given += [*QUICK, "checkpoint.every_steps=1", "data.train.seconds=0.01"]
     ended_well(run([*SWEEP, *given, "hydra.sweep.dir=runs/clean"], project))
     killed = [*SWEEP, *given, "hydra.sweep.dir=runs/killed"]
-    for number in (1, 3):
-        sweep = start(killed, project)
-        wait_for(project / "runs" / "killed" / str(number) / "metrics.jsonl", sweep)
-        kill_tree(sweep.pid)
-        sweep.communicate()
+    sweep = start(killed, project)
+    wait_for(project / "runs" / "killed" / "2" / "metrics.jsonl", sweep)
+    kill_tree(sweep.pid)
+    sweep.communicate()
     ended_well(run(killed, project))
     clean, again = (outcomes(project / "runs" / name) for name in ("clean", "killed"))
-    assert len(clean) == 5
+    assert len(clean) == 4
     assert again == clean
-    restarts = [read_result(project / "runs" / "killed" / str(n))["restarts"] for n in range(5)]
-    assert restarts == [0, 1, 0, 1, 0]
+    restarts = [read_result(project / "runs" / "killed" / str(n))["restarts"] for n in range(4)]
+    assert restarts == [0, 0, 1, 0]
     best = yaml.safe_load((project / "runs" / "killed" / "best.yaml").read_text())
     assert best["value"] == min(each["value"] for each in clean)
     assert 1e-4 <= best["params"]["optim.lr"] <= 1e-1
@@ -215,9 +214,9 @@ def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> 
     pruners.mkdir(parents=True)
     threshold = "_target_: optuna.pruners.ThresholdPruner\nupper: 0.6\nn_warmup_steps: 20\n"
     (pruners / "threshold.yaml").write_text(threshold)
-    given = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra/sweeper/pruner=threshold"]
+    given = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=threshold"]
     given += ["hydra.sweep.dir=runs/mine", "launch.nproc_per_node=2", "optim.lr=1e-7,0.1"]
-    slow = ["data.train.seconds=0.02", "train.max_steps=60"]
+    slow = ["data.train.seconds=0.02", "train.max_steps=40"]
     out = ended_well(run([*SWEEP, *QUICK, *given, *slow], project))
     for trial in outcomes(project / "runs" / "mine"):
         run_dir = project / "runs" / "mine" / str(trial["number"])
@@ -225,10 +224,10 @@ def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> 
         evaluated = read_metrics(run_dir, "val")
         if trial["told"] == "optim.lr=1e-07":
             assert (trial["status"], result["status"]) == ("pruned", "stopped")
-            assert result["step"] < 60
+            assert result["step"] < 40
             assert evaluated[-1]["loss"] > 0.6
         else:
-            assert (trial["status"], result["step"]) == ("completed", 60)
+            assert (trial["status"], result["step"]) == ("completed", 40)
     told = [trial["told"] for trial in outcomes(project / "runs" / "mine")]
     assert set(told) == {"optim.lr=1e-07", "optim.lr=0.1"}, "both values were to be drawn"
     assert out.count("given up: optim.lr=1e-07") == told.count("optim.lr=1e-07")
@@ -237,12 +236,12 @@ def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> 
 def test_jobs_that_start_at_once_do_not_collide(project: Path) -> None:
     """Of two ranks each: neither in a port, nor in a folder."""
     command = [*DDPTRAIN, "train", *QUICK, "train.max_steps=2", "eval.every_steps=null"]
-    jobs = [start([*command, "launch.nproc_per_node=2"], project) for _ in range(6)]
+    jobs = [start([*command, "launch.nproc_per_node=2"], project) for _ in range(4)]
     for job in jobs:
         _, err = job.communicate(timeout=LIMIT_SECONDS)
         assert job.returncode == 0, err
     runs = list((project / "runs" / "ragged").iterdir())
-    assert [read_result(each)["status"] for each in runs] == ["completed"] * 6
+    assert [read_result(each)["status"] for each in runs] == ["completed"] * 4
     assert len({read_result(each)["weights_sha256"] for each in runs}) == 1
 
 

@@ -126,6 +126,7 @@ def _start_agents(allocation: Allocation, config: Config, store: Store, command:
     here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(OF_TASKS)}
     variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{store.port}", json.dumps(addresses)
+    config.launch.interface = config.launch.interface or config.slurm.interface
     variables[LAUNCHED] = json.dumps(to_plain(config))
     # Not --cpus-per-task: it would take no more of any node than the smallest has.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]

@@ -259,6 +259,9 @@ def test_the_doctor_tries_all_nodes_of_a_job(slurm: Cluster, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "ranks       ok  2: 2 on " in done.stdout, done.stdout
     assert "all-reduce  ok  4.1 kB in " in done.stdout
+    wrong = slurm.run(tmp_path, "salloc", "--nodes=1", *doctor, "slurm.interface=ib7")
+    assert wrong.returncode == 2
+    assert "launch.interface=ib7: this machine has lo" in wrong.stderr
 
 
 def test_a_node_that_does_not_come_is_named(slurm: Cluster, tmp_path: Path) -> None:
