@@ -70,7 +70,7 @@ def project(tmp_path: Path) -> Path:
         ("task.in_place=true", r"RuntimeError: .* modified by an inplace operation"),
         (
             "data.train.uneven=true",
-            r"rank 1 has other data than rank 0: .*87 samples, not 86 samples",
+            r"rank 1 \(.*\) has other data than rank 0 \(.*\): .*87 samples, not 86 samples",
         ),
         ("task.culprit=1 task.raise_at=20", r"^rank 1 .*step \d+, samples [\d, ]+: KeyError"),
         ("task.culprit=1 task.kill_at=20", r"^rank 1: was killed by SIGKILL"),

@@ -16,16 +16,7 @@ from ddptrain.origin import loaded_code, versions
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.run_directory import RunDirectory, open_directory
 
-MEETING_SECONDS = 30.0
-"""Ranks that start at once may come so far apart, on a busy machine with a slow disk."""
 RUN_KEY, BEGUN_KEY = "ddptrain/run.dir", "ddptrain/begun"
-
-
-def meeting_seconds(config: Config) -> float | None:
-    """How long ranks, and the agents of nodes, wait for each other at a start."""
-    if config.launch.timeout is not None or config.resilience.hang_seconds is None:
-        return config.launch.timeout
-    return max(config.resilience.hang_seconds, MEETING_SECONDS)
 
 
 def agree_on_code(config: Config, ranks: Ranks) -> None:

@@ -23,9 +23,9 @@ from ddptrain.errors import (
     TrainingError,
 )
 from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, Store, heard
-from ddptrain.launch.agreement import meeting_seconds
 from ddptrain.launch.allocation import Allocation, ask
 from ddptrain.launch.node import ADDRESSES, ENDPOINT, FIRST_ERROR, HERE, MAYBE_OF_PEER, WARNED
+from ddptrain.launch.patience import meeting_seconds
 from ddptrain.remembered import LAUNCHED
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.run_directory import RunDirectory

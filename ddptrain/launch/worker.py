@@ -30,10 +30,10 @@ from ddptrain.launch.agreement import (
     agree_on_code,
     agree_on_directory,
     common,
-    meeting_seconds,
     tell_of_beginning,
 )
 from ddptrain.launch.ending import example_of, result_of, where
+from ddptrain.launch.patience import meeting_seconds
 from ddptrain.loop import Trainer
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases

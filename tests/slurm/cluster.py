@@ -30,6 +30,7 @@ LIVING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUE
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 """Debian keeps daemons where only root looks for them."""
 
+ARRIVAL_SECONDS = 2.0
 LIMIT_SECONDS = 300.0
 """How long anything may take: far more than it does, for machines that are busy otherwise."""
 
@@ -83,12 +84,18 @@ class Cluster:
     def hasten(self, job: int) -> None:
         """Wait until a job is requeued, and spare it Slurm's pause of two minutes."""
         # Until its nodes are idle and their daemons for it have gone, the end of its script is on
-        # its way to the controller, which would take it for that of the next start.
-        wait_until(
-            lambda: self.state(job) == "PENDING" and self._is_idle() and not _has_daemon(job),
-            f"job {job} to stop",
-            self._trouble,
-        )
+        # its way to the controller, which would take it for that of the next start. That it has
+        # arrived shows nowhere: so all of that has to have been so for a while.
+        since: list[float] = []
+
+        def is_over() -> bool:
+            if self.state(job) != "PENDING" or not self._is_idle() or _has_daemon(job):
+                since.clear()
+            else:
+                since.append(time.monotonic())
+            return bool(since) and since[-1] - since[0] > ARRIVAL_SECONDS
+
+        wait_until(is_over, f"job {job} to stop", self._trouble)
         self._call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def run(self, folder: Path | None, *command: str) -> subprocess.CompletedProcess[str]:
