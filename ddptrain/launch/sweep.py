@@ -21,6 +21,7 @@ from ddptrain.claim import LAUNCH_LOCK, launching
 from ddptrain.compose import compose, config_trees, hydra_arguments, parse, whole_sections
 from ddptrain.errors import EXIT_COMPLETED, Refused, Stopped, TrainingError
 from ddptrain.files import make_new
+from ddptrain.launch.allocation import Allocation
 from ddptrain.launch.trial import Outcome, run_trial
 from ddptrain.observe.result import short
 
@@ -63,9 +64,14 @@ def _folder(overrides: list[str]) -> tuple[Path, list[str]]:
     if any(override.lstrip("+").startswith("run.dir=") for override in overrides):
         raise Refused(f"run.dir is of one run; {FOLDER}=… names the folder of a sweep")
     named = [line for line in overrides if line.lstrip("+").startswith(f"{FOLDER}=")]
-    if not named:
-        return make_new(Path("runs") / "sweeps"), overrides
-    folder = Path(named[-1].partition("=")[2]).absolute()
+    sweeps = Path("runs") / "sweeps"
+    job = Allocation.here()
+    if named:
+        folder = Path(named[-1].partition("=")[2].strip("'\"")).expanduser().absolute()
+    elif job is not None and job.is_batch:  # to come back to it, whatever starts the job again
+        folder = (sweeps / f"slurm-{job.name}").absolute()
+    else:
+        return make_new(sweeps), overrides
     folder.mkdir(parents=True, exist_ok=True)
     return folder, [line for line in overrides if line not in named]
 

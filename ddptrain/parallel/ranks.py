@@ -19,6 +19,8 @@ from ddptrain.parallel.roll_call import Attempt, Process, exchange, meet
 from ddptrain.place import Place
 
 T = TypeVar("T")
+BOARD_SECONDS = 30.0
+"""A store that was reached before, and is not for so long, has gone."""
 
 
 def choose_device(wanted: str, place: Place) -> torch.device:
@@ -172,7 +174,7 @@ class Ranks:
         """A connection to the store for messages of this attempt, not held up by the others'."""
         if self.store is None or self.world_size == 1:
             return None
-        return PrefixStore(f"board-{self.attempt.name}", open_store(self.place, None))
+        return PrefixStore(f"board-{self.attempt.name}", open_store(self.place, BOARD_SECONDS))
 
     def leave(self) -> None:
         if dist.is_initialized():

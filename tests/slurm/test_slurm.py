@@ -305,3 +305,22 @@ def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_pa
     result = json.loads((project / "mine" / "1" / "result.json").read_text())
     assert (result["world_size"], result["metrics"]["val/loss"]) == (2, trials[1]["value"])
     assert "1 trial failed: data.train.fail_at=17 exited 1" in done.stderr
+
+
+def test_a_sweep_in_a_job_comes_back_to_its_trials(slurm: Cluster, tmp_path: Path) -> None:
+    """Each on all nodes of the job, which is requeued in the second one."""
+    given = ["--multirun", "seed=1,2", "train.max_steps=40", "checkpoint.every_steps=5"]
+    job = submit(slurm, tmp_path, *given, options="--nodes=2")
+    folder = tmp_path / "runs" / "sweeps" / f"slurm-{job}"
+    checkpoints = folder / "1" / "checkpoints"
+    wait_until(lambda: any(checkpoints.glob("step-*/manifest.json")), "a checkpoint")
+    slurm.requeue(job)
+    output = tmp_path / f"slurm-{job}.out"
+    wait_until(lambda: slurm.state(job) not in LIVING, f"job {job}", output.read_text)
+    assert slurm.state(job) == "COMPLETED", output.read_text()[-5000:]
+    assert "trial 0: seed=1: completed before" in output.read_text()
+    results = [json.loads((folder / n / "result.json").read_text()) for n in "01"]
+    assert [(r["step"], r["world_size"], r["restarts"]) for r in results] == [
+        (40, 2, 0),
+        (40, 2, 1),
+    ]
