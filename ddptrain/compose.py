@@ -89,7 +89,8 @@ def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
         locked = not (chosen or override.is_delete() or override.package is not None)
         arguments.append("++" + line.lstrip("+") if locked else line)
     if len(trees) > 1:
-        arguments.append(f"hydra.searchpath=['file://{trees[1]}']")
+        mine = str(trees[1]).replace("'", "\\'")
+        arguments.append(f"hydra.searchpath=['file://{mine}']")
     return arguments
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import DDPTRAIN, PROJECT, run
 
-from ddptrain.compose import compose
+from ddptrain.compose import compose, parse
 from ddptrain.errors import Refused
 from ddptrain.snapshot import CODE, LARGEST, code_folder, copy_code
 
@@ -52,6 +52,8 @@ def test_what_has_spaces_and_quotes_is_one_option(tmp_path: Path) -> None:
     ]
     assert all(len(option) == 1 for option in options)
     assert {f"--chdir={folder}", "--job-name=it's mine"} <= {option for (option,) in options}
+    *_, where = shlex.split(done.stdout.splitlines()[-1])
+    assert parse([where])[0].value().startswith(f"{folder}/runs/it's mine/")
 
 
 def test_a_typo_is_answered_before_anything_is_made(tmp_path: Path) -> None:

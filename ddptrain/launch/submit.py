@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from shlex import quote
@@ -38,7 +39,7 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
     job = ask("sbatch", "--parsable", str(file)).strip().partition(";")[0]
     print(
         f"job          {job}\nrun          {short(run.path)}\n"
-        f"output       tail -F {short(run.logs)}/slurm-{job}.out\n"
+        f"output       tail -F {quote(f'{short(run.logs)}/slurm-{job}.out')}\n"
         f"end it       scancel {job}"
     )
     return EXIT_COMPLETED
@@ -48,7 +49,10 @@ def script(config: Config, overrides: list[str], run: RunDirectory, code: Path) 
     """The batch script of a run whose code lies in ``code``."""
     slurm = config.slurm
     python = slurm.python or sys.executable
-    arguments = " ".join(map(quote, [*overrides, f"run.dir={run.path}"]))
+    folder = str(run.path)
+    if not re.fullmatch(r"[\w/.:+<> -]+", folder):  # signs that Hydra would read as its own
+        folder = '"' + folder.replace('"', '\\"') + '"'
+    arguments = " ".join(map(quote, [*overrides, f"run.dir={folder}"]))
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(slurm, str(config.run.name), run)),
