@@ -26,18 +26,24 @@ FIRST_ERROR, MAYBE_OF_PEER = "ddptrain/first-error", "ddptrain/maybe-of-peer"
 """Keys in the agents' store of what the launch is to show last, the second if there is no first."""
 HERE = "ddptrain/here/"
 """Before a node's name there: its agent has come."""
+ASKED = "ddptrain/asked"
+"""The key there of the signal by which an agent was asked to stop."""
 STORE_SECONDS = 10.0
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals by which Slurm asks a job to stop that may go on; SIGTERM also comes of a failure."""
-
-WARNED = {EXIT_STOPPED, *(128 + number for number in WARNINGS)}
-"""Exit codes of srun if agents were asked so, the others before they were there to heed it."""
+KILLED = tuple(128 + number for number in WARNINGS)
+"""srun's exit codes if such a signal came before an agent could heed it."""
 
 
 def be_node(command: str) -> int:
-    """Be the agent of this node's ranks, each of which is a ``command``; return the exit code."""
+    """Be the agent of this node's ranks, each a ``command``; return the exit code.
+
+    It is 0 also if they were asked to stop.
+    With another one srun would end the other agents, whose ranks may still be saving.
+    """
+    came: list[int] = []
     for number in heeded():  # until torch's agent has handlers of its own
-        signal.signal(number, lambda n, _: os._exit(_code_of(n)))
+        signal.signal(number, lambda n, _: _note(n, came))
     config = launched(os.environ[LAUNCHED])
     arguments = _arguments(config, command)
     _tell_launch(HERE + os.environ["SLURMD_NODENAME"], "1")
@@ -46,24 +52,38 @@ def be_node(command: str) -> int:
     from torch.distributed.run import main
 
     if command == "rank":
-        _stop_at_final_errors(config)
+        _watch(config, came)
     try:
+        _raise(came)
         main(arguments)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        _tell_first_error(first)
         codes = {failure.exitcode for failure in error.failures.values()}
+        if codes == {EXIT_STOPPED}:  # they heard of it from another node's
+            return EXIT_COMPLETED
+        _tell_error(error.get_first_failure()[1])
         return EXIT_REFUSED if EXIT_REFUSED in codes else EXIT_FAILED
     except SignalException as error:
-        return _code_of(error.sigval)
+        if error.sigval not in WARNINGS:
+            return EXIT_FAILED
+        _tell_launch(ASKED, error.sigval.name)
     finally:
         for number in heeded():  # torch's handlers would raise amid the interpreter's end
             signal.signal(number, signal.SIG_IGN)
     return EXIT_COMPLETED
 
 
-def _code_of(number: int) -> int:
-    return EXIT_STOPPED if number in WARNINGS else EXIT_FAILED
+def _note(number: int, came: list[int]) -> None:
+    if number not in WARNINGS:
+        os._exit(EXIT_FAILED)
+    came.append(number)
+
+
+def _raise(came: list[int]) -> None:
+    """Raise what torch's agent raises, for a signal that came before it listened."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    for number in came[:1]:
+        raise SignalException("came early", sigval=signal.Signals(number))
 
 
 def _arguments(config: Config, command: str) -> list[str]:
@@ -95,11 +115,11 @@ def _endpoint() -> tuple[str, int]:
     return host or os.environ["SLURM_LAUNCH_NODE_IPADDR"], int(port)
 
 
-def _stop_at_final_errors(config: Config) -> None:
-    """Have torch's agent not start ranks again that would come to the same end.
+def _watch(config: Config, came: list[int]) -> None:
+    """Have torch's agent not start ranks again that would come to the same end, nor miss a signal.
 
-    As ``launch_ranks`` does on one machine: they were refused, or raised an error of their own
-    before this launch had finished a step.
+    As ``launch_ranks`` does on one machine: they were refused, or stopped, or raised an error of
+    their own before this launch had finished a step. ``came`` is what came before it listened.
     """
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -109,10 +129,11 @@ def _stop_at_final_errors(config: Config) -> None:
     monitor = LocalElasticAgent._monitor_workers
 
     def monitor_workers(agent: LocalElasticAgent, workers: WorkerGroup) -> RunResult:
+        _raise(came)
         result: RunResult = monitor(agent, workers)
         for failure in result.failures.values() if result.is_failed() else ():
             was_raised = _was_raised(failure) and progress.read() <= first
-            if was_raised or failure.exitcode == EXIT_REFUSED:
+            if was_raised or failure.exitcode in (EXIT_REFUSED, EXIT_STOPPED):
                 agent._remaining_restarts = 0
         return result
 
@@ -131,20 +152,19 @@ def _note_of(failure: Any) -> dict[str, Any]:
     return message.get("extraInfo", {}) if isinstance(message, dict) else {}
 
 
-def _tell_first_error(failure: Any) -> None:
+def _tell_error(failure: Any) -> None:
     """Have the launch show a failure last, after all that agents and srun say of it.
 
-    Only if no other agent has done so; a rank may also have failed because it lost another one.
+    A rank may also have failed because it lost another one.
     """
     extra = _note_of(failure)
     lines = str(extra.get("py_callstack", "")).strip().splitlines()
-    if not lines or not extra.get(IS_CAUSE, False):
-        return
-    _tell_launch(MAYBE_OF_PEER if extra[MAY_PASS] else FIRST_ERROR, lines[-1])
+    if lines and extra.get(IS_CAUSE, False):
+        _tell_launch(MAYBE_OF_PEER if extra[MAY_PASS] else FIRST_ERROR, lines[-1])
 
 
 def _tell_launch(key: str, value: str) -> None:
-    """Leave a value with the launch, unless another agent has."""
+    """Put ``value`` into the agents' store, if no other agent has done so."""
     from torch._C._distributed_c10d import TCPStore
 
     host, port = _endpoint()

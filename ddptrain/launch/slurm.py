@@ -24,7 +24,15 @@ from ddptrain.errors import (
 )
 from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, Store, heard
 from ddptrain.launch.allocation import Allocation, ask
-from ddptrain.launch.node import ADDRESSES, ENDPOINT, FIRST_ERROR, HERE, MAYBE_OF_PEER, WARNED
+from ddptrain.launch.node import (
+    ADDRESSES,
+    ASKED,
+    ENDPOINT,
+    FIRST_ERROR,
+    HERE,
+    KILLED,
+    MAYBE_OF_PEER,
+)
 from ddptrain.launch.patience import meeting_seconds
 from ddptrain.remembered import LAUNCHED
 from ddptrain.resilience.crashes import LAUNCH, Crashes
@@ -35,6 +43,8 @@ MARGIN_SECONDS = 60.0
 """So long before its end a job should have saved, besides the time that saving takes."""
 REQUEUE_SECONDS = 60.0
 """So long Slurm takes at most to end what it starts again."""
+APART_SECONDS = 60
+"""So long after the first agent that ended well the last one may."""
 OF_TASKS = (
     "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_", "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK",
     "SLURM_TRES_PER_TASK", "SLURM_MEM_PER_", "SLURM_DIST", "SLURM_EXACT", "SLURM_CPU_BIND",
@@ -58,15 +68,16 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     before = _written(run)
     with heard() as signals:
         agents = _start_agents(allocation, config, store, "rank")
-        process = agents.process
         asked = _wait(agents, allocation, config.resilience.grace_seconds, signals)
-        code = process.returncode
-        if code == 0:
+        code, told = agents.process.returncode, _told(store)
+        if code == 0 and ASKED not in told:
             return EXIT_COMPLETED
         if _written(run) == before or run.outcome().get("status") != "stopped":
-            if code not in WARNED or agents.missing:
-                _tell_cause(store, run, began)
+            if code not in (0, *KILLED) or agents.missing:
+                _tell_cause(told, run, began)
                 return EXIT_REFUSED if code == EXIT_REFUSED else EXIT_FAILED
+            if run.outcome().get("status") == "completed":
+                return EXIT_COMPLETED
             if allocation.was_too_short(time.time() - began):
                 return EXIT_FAILED
         if allocation.is_batch and not {signal.SIGTERM, signal.SIGINT} & asked:
@@ -130,6 +141,7 @@ def _start_agents(allocation: Allocation, config: Config, store: Store, command:
     variables[LAUNCHED] = json.dumps(to_plain(config))
     # Not --cpus-per-task: it would take no more of any node than the smallest has.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
+    srun += [f"--wait={APART_SECONDS}"]
     srun += [f"--nodes={allocation.nodes}", f"--ntasks={allocation.nodes}"]
     srun += [f"--gpus={gpus}"] if (gpus := allocation.gpus()) else []
     srun += [*config.slurm.srun, *DDPTRAIN, "node", command]
@@ -138,11 +150,16 @@ def _start_agents(allocation: Allocation, config: Config, store: Store, command:
     return Agents(process, store, addresses, meeting_seconds(config))
 
 
-def _tell_cause(store: Store, run: RunDirectory, began: float) -> None:
+def _told(store: Store) -> dict[str, str]:
+    """What agents have left for the launch, if srun started any."""
+    if store.store is None:
+        return {}
+    keys = [key for key in (ASKED, FIRST_ERROR, MAYBE_OF_PEER) if store.store.check([key])]
+    return {key: store.store.get(key).decode() for key in keys}
+
+
+def _tell_cause(told: dict[str, str], run: RunDirectory, began: float) -> None:
     """Repeat the first error after all that agents and srun say, if a rank could still tell it."""
-    told = dict.fromkeys((FIRST_ERROR, MAYBE_OF_PEER), "")
-    if store.store is not None:  # srun may have failed before there was one
-        told = {k: store.store.get(k).decode() for k in told if store.store.check([k])}
     noted = [crash for crash in Crashes(run.crashes).of_launch()[-1:] if crash.time > began]
     lines = [told.get(FIRST_ERROR), *(f"rank {crash.rank}: {crash.error}" for crash in noted)]
     for line in [line for line in [*lines, told.get(MAYBE_OF_PEER)] if line][:1]:

@@ -134,6 +134,17 @@ class Cluster:
         """Send a signal to the steps of a job, as Slurm does before a time limit."""
         self._call("scancel", f"--signal={name}", str(job))
 
+    def agents_that_listen(self) -> int:
+        """How many agents of a run have come so far that they heed SIGUSR1."""
+        found = 0
+        for process in self._processes():
+            with suppress(OSError):
+                status = Path(f"/proc/{process}/status").read_text()
+                caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+                is_agent = Path(f"/proc/{process}/cmdline").read_text().endswith("\0node\0")
+                found += is_agent and bool(caught >> (signal.SIGUSR1 - 1) & 1)
+        return found
+
     @property
     def _socket(self) -> Path:
         return self.folder / "munge.socket"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +53,6 @@ def wait_for_lines(folder: Path, job: int) -> None:
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first line")
 
 
-def agents(job: int) -> list[Path]:
-    """The processes that are agents of a job's nodes."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (process / "cmdline").read_text().split("\0")
-            is_agent = command[1:4] == ["-m", "ddptrain", "node"]  # and not srun, which starts it
-            if is_agent and f"SLURM_JOB_ID={job}\0" in (process / "environ").read_text():
-                found.append(process)
-    return found
-
-
 def test_one_rank_on_one_node(slurm: Cluster, tmp_path: Path) -> None:
     """Whatever the job was asked for in tasks."""
     options = "--nodes=1 --ntasks-per-node=2"
@@ -108,7 +95,7 @@ def test_a_job_that_is_asked_to_stop_before_its_first_step_goes_on(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     job = submit(slurm, tmp_path, "train.max_steps=5")
-    wait_until(lambda: len(agents(job)) == 2, "the agents")  # before, signals to steps are lost
+    wait_until(lambda: slurm.agents_that_listen() == 2, "the agents")
     slurm.signal(job, "USR1")
     slurm.hasten(job)
     _, result = finish(slurm, job, tmp_path)
