@@ -141,7 +141,7 @@ class Cluster:
             with suppress(OSError):
                 status = Path(f"/proc/{process}/status").read_text()
                 caught = int(status.partition("SigCgt:")[2].split()[0], 16)
-                is_agent = Path(f"/proc/{process}/cmdline").read_text().endswith("\0node\0")
+                is_agent = Path(f"/proc/{process}/cmdline").read_text().endswith("\0node\0rank\0")
                 found += is_agent and bool(caught >> (signal.SIGUSR1 - 1) & 1)
         return found
 
