@@ -45,7 +45,8 @@ class Place:
             raise Refused(
                 f"RANK={rank}: expected less than WORLD_SIZE={world_size}; ranks begin at 0"
             )
-        _number("MASTER_PORT")
+        if _number("MASTER_PORT") > 65535:
+            raise Refused(f"MASTER_PORT={os.environ['MASTER_PORT']}: expected at most 65535")
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return Place(rank, world_size, _number("LOCAL_RANK"), restarts)
 

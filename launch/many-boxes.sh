@@ -10,6 +10,7 @@
 # such runs meet at one address. launch.interface=… names the network interface for NCCL, too.
 set -euo pipefail
 meet=$1 && shift
+[[ ${1:-} != doctor ]] || MAX_RESTARTS=0
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || gpus=1
 here=$(ip -o route get "$meet" | sed -n 's/.* src \([^ ]*\).*/\1/p') # the way to there is our own
 # Or torchrun leaves machines that come late waiting for an address that it has told already.

@@ -116,6 +116,7 @@ def test_a_sweep_passes_on_what_leaves_a_section_out(project: Path) -> None:
             "train.max_steps: expected a number above 0",
         ),
         (["optim.lr=0.1,0.2", "run.dir=here"], "run.dir is of one run; hydra.sweep.dir=…"),
+        (["hydra/sweeper=optuna", "optim.lr=tag(log,interval(0,1))"], "expected an interval from"),
         (["optim.lr=interval(0.1,0.2)"], "does not support sweep type : INTERVAL_SWEEP"),
         (["hydra/sweeper=optunna", "seed=1,2"], "Could not find 'hydra/sweeper/optunna'"),
         ([*SEARCH, "hydra.sweeper.trials=2"], "Could not override 'hydra.sweeper.trials'"),
@@ -128,7 +129,7 @@ def test_an_impossible_sweep_is_refused_before_any_trial(
     assert finished.returncode == 2, finished.stderr
     (line,) = finished.stderr.strip().splitlines()
     assert expected in line
-    assert not list(project.glob("runs/**/*.*"))
+    assert not list(project.glob("runs/sweeps/*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

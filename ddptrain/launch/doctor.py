@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import timedelta
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ddptrain.config import Config, check_world_size
@@ -84,9 +85,13 @@ def _try_adding(ranks: Ranks, machines: list[Machine], so_far: list[Finding]) ->
     limit = threading.Timer(ADDING_SECONDS, end)
     limit.daemon = True
     limit.start()
-    ranks.join(timedelta(seconds=GROUP_SECONDS))
-    found = judge_speed(machines, all_reduce(ranks))
-    ranks.leave()
+    try:
+        ranks.join(timedelta(seconds=GROUP_SECONDS))
+        found = judge_speed(machines, all_reduce(ranks))
+        ranks.leave()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        found = [Finding("all-reduce", State.failed, why, remedy)]
     limit.cancel()
     return found
 
@@ -96,6 +101,6 @@ def show(findings: list[Finding]) -> None:
     table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
     for each in findings:
         state = f"[{LOOKS[each.state]}]{each.state.name}"
-        table.add_row(each.check, state, each.found, each.remedy)
+        table.add_row(each.check, state, escape(each.found), escape(each.remedy))
     is_terminal = sys.stdout.isatty()
     Console(width=None if is_terminal else PIPE_WIDTH, markup=True, highlight=False).print(table)

@@ -67,13 +67,15 @@ def search(
 
     def run(trials: list[tuple[int, dict[str, Any]]]) -> None:
         chosen = [[*fixed, *(f"{keys[k]}={v}" for k, v in p.items())] for _, p in trials]
-        launch(chosen, initial_job_idx=trials[0][0])
-        for number, _ in trials:
+        ended = launch(chosen, initial_job_idx=trials[0][0])
+        for (number, _), job in zip(trials, ended, strict=True):
+            _ = job.return_value  # raises what kept the trial from telling how it ended
             _tell(study, number, Outcome.read(run_of(folder, number)))
 
     owner = str(folder) if settings["storage"] else None
-    for left in _of_sweep(study, owner, TrialState.RUNNING):
-        run([(left.number, left.params)])
+    left = _of_sweep(study, owner, TrialState.RUNNING)
+    for batch in _consecutive([(trial.number, trial.params) for trial in left]):
+        run(batch)
     while (done := len(_of_sweep(study, owner))) < settings["n_trials"]:
         asked = []
         for number in range(done, min(done + settings["n_jobs"], settings["n_trials"])):

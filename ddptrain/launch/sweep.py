@@ -36,6 +36,7 @@ def sweep(overrides: list[str]) -> int:
     without. One that fails does not keep the others from training; it is told at the end. A sweep
     that is given the folder of one that was interrupted goes on with it.
     """
+    _check_ranges(overrides)
     _check_values(overrides)
     folder, rest = _folder(overrides)
     again = f"ddptrain train --multirun {shlex.join(rest)} {FOLDER}={short(folder)}"
@@ -57,6 +58,19 @@ def sweep(overrides: list[str]) -> int:
         count = f"{len(failed)} trial{'s' * (len(failed) > 1)} failed"
         raise TrainingError(f"{count}: {'; '.join(each.why for each in failed)}")
     return EXIT_COMPLETED
+
+
+def _check_ranges(overrides: list[str]) -> None:
+    """Refuse an interval that holds nothing, or has no logarithm."""
+    for override in parse(overrides):
+        value = override.value() if override.is_sweep_override() else None
+        if isinstance(value, IntervalSweep):
+            low, high = value.start or 0.0, value.end or 0.0
+            if low > high or (low <= 0 and "log" in value.tags):
+                raise Refused(
+                    f"{override.input_line}: expected an interval from a smaller to a larger "
+                    "number, both above 0 with tag(log, …)"
+                )
 
 
 def _folder(overrides: list[str]) -> tuple[Path, list[str]]:

@@ -102,16 +102,21 @@ def _train(
         process = subprocess.Popen([*DDPTRAIN, "train", *overrides, f"run.dir={run_dir}"])
         asked: signal.Signals | None = None
         is_pruned, look = False, 0.0
-        while process.poll() is None:
-            while came:
-                asked = came.popleft()
-                process.send_signal(asked)
-            if judge is not None and not is_pruned and time.monotonic() > look:
-                look = time.monotonic() + LOOK_SECONDS
-                if is_pruned := _is_given_up(run, metric, judge):
-                    print(f"given up: {told}", flush=True)
-                    process.send_signal(signal.SIGTERM)
-            time.sleep(POLL_SECONDS)
+        try:
+            while process.poll() is None:
+                while came:
+                    asked = came.popleft()
+                    process.send_signal(asked)
+                if judge is not None and not is_pruned and time.monotonic() > look:
+                    look = time.monotonic() + LOOK_SECONDS
+                    if is_pruned := _is_given_up(run, metric, judge):
+                        print(f"given up: {told}", flush=True)
+                        process.send_signal(signal.SIGTERM)
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.terminate()  # it must not train on beside the next trial
+            process.wait()
+        asked = asked or next(iter(came), None)  # it came as the run ended, perhaps of it, too
     if process.returncode == EXIT_STOPPED and is_pruned and asked is None:
         return "pruned", None, ""
     if asked is not None or process.returncode == EXIT_STOPPED:

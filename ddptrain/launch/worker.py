@@ -134,15 +134,15 @@ class Attempt:
         agree_on_code(config, ranks)
         remedy = "start all ranks with the same arguments"
         ranks.agree(common(config), "was started with another config than", remedy)
+        if config.launch.check:
+            from ddptrain.launch.doctor import refuse_unfit
+
+            refuse_unfit(ranks, config)
         if hang_seconds is not None:
             processes = ranks.attempt.processes
             self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
             self.watchdog.start()
         ranks.join(_timeout(hang_seconds))
-        if config.launch.check:
-            from ddptrain.launch.doctor import refuse_unfit
-
-            refuse_unfit(ranks, config)
         self.run, self.claim = agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
         Crashes(self.run.crashes).refuse_loop()
