@@ -9,7 +9,7 @@ import dataclasses
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_origin, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -214,6 +214,8 @@ def _check_keys(node: dict[str, Any], schema: type, path: str) -> None:
         if key not in hints:
             siblings = [*hints, "experiment"] if not path else list(hints)
             raise Refused(f"unknown key {full}" + _nearest(full, siblings, path))
+        if get_origin(hints[key]) is list and not isinstance(value, list):
+            raise Refused(f"{full}: expected a list, got {value!r}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(hints[key], type):
             if not isinstance(value, dict):
                 raise Refused(
