@@ -88,11 +88,11 @@ def test_rank_0_that_does_not_come_is_missed_at_its_address(project: Path) -> No
 def test_a_rank_that_does_not_come_is_named_on_those_that_did(project: Path) -> None:
     port = free_port()
     ended = end_of(
-        [project] * 2, [by_hand(rank, 3, port) for rank in (0, 1)], [["launch.timeout=6"]] * 2
+        [project] * 2, [by_hand(rank, 3, port) for rank in (0, 1)], [["launch.timeout=12"]] * 2
     )
     assert [code for code, _ in ended] == [1, 1]
     for _, told in ended:
-        assert "of 3 ranks 2 did not come within 6 s" in only_line(told)
+        assert "of 3 ranks 2 did not come within 12 s" in only_line(told)
         assert "launch.timeout" in told
 
 

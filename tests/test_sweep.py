@@ -163,9 +163,10 @@ def test_a_grid_that_was_killed_goes_on_where_it_was(project: Path) -> None:
     assert (folder / "0" / "result.json").stat().st_mtime_ns == finished_before
     assert read_result(folder / "1")["restarts"] == 1
     assert [each["status"] for each in outcomes(folder)] == ["completed"] * 2
-    other = run([*SWEEP, *slow[:-1], "optim.lr=0.2,0.01", "hydra.sweep.dir=runs/mine"], project)
-    assert other.returncode == 2
-    assert "holds another sweep, in which trial 0 was: optim.lr=0.1" in other.stderr
+    for others in (["optim.lr=0.2,0.01"], SEARCH):
+        other = run([*SWEEP, *slow[:-1], *others, "hydra.sweep.dir=runs/mine"], project)
+        assert other.returncode == 2
+        assert "holds another sweep, in which trial 0 was: optim.lr=0.1" in other.stderr
 
 
 def test_a_search_that_was_killed_has_the_trials_that_it_would_have_had(project: Path) -> None:
