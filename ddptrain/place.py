@@ -82,12 +82,8 @@ def choose_interface(name: str | None) -> None:
 
 def own_address() -> str | None:
     """The IPv4 address from which this machine reaches rank 0's; None if that cannot be told."""
-    if "MASTER_ADDR" not in os.environ:
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, suppress(OSError):
-        asked.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
-        return str(asked.getsockname()[0])
-    return None
+    first = os.environ.get("MASTER_ADDR")
+    return None if first is None else address_towards([first])
 
 
 def interface_of(address: str) -> str | None:
@@ -102,16 +98,16 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def address_towards(others: Iterable[str], otherwise: str) -> str:
+def address_towards(others: Iterable[str]) -> str | None:
     """The numeric address that this machine has on the way to the first of ``others`` with a way.
 
-    ``otherwise`` if there is none. Of its own name a machine often knows no more than 127.0.1.1.
+    None if there is none. Of its own name a machine often knows no more than 127.0.1.1.
     """
     for other in others:
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
             way.connect((other, 9))  # sends nothing
             return str(way.getsockname()[0])
-    return otherwise
+    return None
 
 
 def refuse_tasks() -> None:

@@ -17,12 +17,13 @@ from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, Refused
 from ddptrain.launch.agreement import agree_on_code, common
 from ddptrain.launch.findings import Finding, State, judge, judge_speed
 from ddptrain.launch.machine import Machine
+from ddptrain.launch.patience import MEETING_SECONDS
 from ddptrain.launch.probes import all_reduce, probe
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place, choose_interface
 from ddptrain.resilience.failure import leave_now
 
-MEETING_SECONDS, GROUP_SECONDS, ADDING_SECONDS = 15.0, 10.0, 15.0
+GROUP_SECONDS, ADDING_SECONDS = 10.0, 15.0
 PIPE_WIDTH = 180
 """Columns of a table that no terminal shows, so that a line of it can be found."""
 LOOKS = {State.ok: "green", State.warning: "yellow", State.failed: "bold red"}

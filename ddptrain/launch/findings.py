@@ -10,7 +10,7 @@ from statistics import median
 
 from rich.filesize import decimal
 
-from ddptrain.launch.machine import LOOPBACK, Machine
+from ddptrain.launch.machine import LOOPBACK, Machine, by_machine
 from ddptrain.launch.probes import Probes
 
 GB, MB = 10**9, 10**6
@@ -67,11 +67,6 @@ def _warning(check: str, found: str, remedy: str) -> Finding:
 
 def _failed(check: str, found: str, remedy: str) -> Finding:
     return Finding(check, State.failed, found, remedy)
-
-
-def by_machine(machines: list[Machine]) -> list[Machine]:
-    """The first rank of each machine."""
-    return list({machine.name: machine for machine in reversed(machines)}.values())[::-1]
 
 
 def _ranks(machines: list[Machine]) -> Finding:

@@ -22,7 +22,7 @@ LOOPBACK = "127."
 
 @dataclass(frozen=True)
 class Machine:
-    """As one rank sees it; sizes in bytes, ``clock`` in seconds since the epoch.
+    """As one rank sees it; sizes in bytes.
 
     None is what cannot be told. ``folder`` is where runs go, ``disk`` what is free there, and
     ``unwritable`` why nothing can be written there; ``speed`` is of ``interface`` in bit/s.
@@ -79,6 +79,11 @@ class Machine:
         """The inverse of ``dataclasses.asdict`` and of what JSON makes of it."""
         gpu_memory = told["gpu_memory"]
         return Machine(**told | {"gpu_memory": gpu_memory and tuple(gpu_memory)})
+
+
+def by_machine(machines: list[Machine]) -> list[Machine]:
+    """The first rank of each machine."""
+    return list({machine.name: machine for machine in reversed(machines)}.values())[::-1]
 
 
 def folder_of_runs(config: Config) -> Path:

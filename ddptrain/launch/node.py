@@ -38,8 +38,8 @@ KILLED = tuple(128 + number for number in WARNINGS)
 def be_node(command: str) -> int:
     """Be the agent of this node's ranks, each a ``command``; return the exit code.
 
-    It is 0 also if they were asked to stop.
-    With another one srun would end the other agents, whose ranks may still be saving.
+    It is 0 also if they were asked to stop: with another one srun would end the other agents, whose
+    ranks may still be saving.
     """
     came: list[int] = []
     for number in heeded():  # until torch's agent has handlers of its own
@@ -96,7 +96,7 @@ def _arguments(config: Config, command: str) -> list[str]:
     found.setdefault("OMP_NUM_THREADS", str(threads))
     addresses: dict[str, str] = json.loads(found[ADDRESSES])
     known = addresses[found["SLURMD_NODENAME"]]
-    here = address_towards((each for each in addresses.values() if each != known), known)
+    here = address_towards(each for each in addresses.values() if each != known) or known
     step = f"{found['SLURM_JOB_ID']}.{found.get('SLURM_RESTART_COUNT', 0)}.{found['SLURM_STEP_ID']}"
     restarts = RESTARTS if config.launch.max_restarts is None else config.launch.max_restarts
     return [

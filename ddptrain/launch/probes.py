@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ddptrain.claim import Lock
-from ddptrain.launch.machine import Machine
+from ddptrain.launch.machine import Machine, by_machine
 from ddptrain.parallel.ranks import Ranks
 
 REACH_SECONDS = 3.0
@@ -27,7 +27,7 @@ SIZE_SECONDS, LEAST, MOST = 1.0, 3, 50
 
 @dataclass(frozen=True)
 class Probes:
-    """What came of it, as one rank saw it; clocks in seconds, speeds in bytes a second."""
+    """What came of it, as one rank saw it; its clock in seconds since the epoch."""
 
     unreached: list[str] = field(default_factory=list)
     clock: float = 0.0
@@ -43,7 +43,7 @@ def probe(ranks: Ranks, machines: list[Machine]) -> list[Probes]:
     being formed is found here.
     """
     here = machines[ranks.rank]
-    firsts = [machine for machine in machines if _first(machines, machine.name) == machine.rank]
+    firsts = by_machine(machines)
     with _listening(here.address) as port:
         ports = [int(told["port"]) for told in ranks.tell({"port": port})]
         is_first = here in firsts
@@ -53,10 +53,6 @@ def probe(ranks: Ranks, machines: list[Machine]) -> list[Probes]:
     sees, holds, seconds = _try_folder(ranks, here)
     own = Probes([m.name for m in unreached], clock, sees, holds, seconds)
     return [Probes(**told) for told in ranks.tell(vars(own))]
-
-
-def _first(machines: list[Machine], name: str) -> int:
-    return min(machine.rank for machine in machines if machine.name == name)
 
 
 @contextmanager

@@ -63,13 +63,11 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     """
     began = time.time()
     os.environ[LAUNCH] = f"slurm-{allocation.name}"  # over requeues, too
-    store = Store(create_server(("", 0)))
-    store.thread.start()
     before = _written(run)
     with heard() as signals:
-        agents = _start_agents(allocation, config, store, "rank")
+        agents = _start_agents(allocation, config, "rank")
         asked = _wait(agents, allocation, config.resilience.grace_seconds, signals)
-        code, told = agents.process.returncode, _told(store)
+        code, told = agents.process.returncode, _told(agents.store)
         if code == 0 and ASKED not in told:
             return EXIT_COMPLETED
         if _written(run) == before or run.outcome().get("status") != "stopped":
@@ -87,10 +85,8 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
 
 def try_on(allocation: Allocation, config: Config) -> int:
     """Run `ddptrain doctor` on all nodes of a job; return the exit code."""
-    store = Store(create_server(("", 0)))
-    store.thread.start()
     with heard() as signals:
-        agents = _start_agents(allocation, config, store, "doctor")
+        agents = _start_agents(allocation, config, "doctor")
         _wait(agents, allocation, config.resilience.grace_seconds, signals)
     code = agents.process.returncode
     return code if code in (EXIT_COMPLETED, EXIT_REFUSED) else EXIT_FAILED
@@ -131,8 +127,10 @@ class Agents:
             self.process.terminate()
 
 
-def _start_agents(allocation: Allocation, config: Config, store: Store, command: str) -> Agents:
-    """Start one agent on each node, all of which meet at the ``store``, for ranks of a command."""
+def _start_agents(allocation: Allocation, config: Config, command: str) -> Agents:
+    """Start one agent on each node, all of which meet at a store, for ranks of a command."""
+    store = Store(create_server(("", 0)))
+    store.thread.start()
     addresses = allocation.addresses()
     here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(OF_TASKS)}

@@ -26,6 +26,9 @@ from ddptrain.launch.trial import Outcome, run_trial
 from ddptrain.observe.result import short
 
 FOLDER = "hydra.sweep.dir"
+GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+SEARCH = "hydra_plugins.ddptrain_optuna.OptunaSweeper"
+"""Hydra's own sweeper, which needs no value of a trial, and ours, whose trials may be given up."""
 
 
 def sweep(overrides: list[str]) -> int:
@@ -39,7 +42,7 @@ def sweep(overrides: list[str]) -> int:
     _check_ranges(overrides)
     _check_values(overrides)
     folder, rest = _folder(overrides)
-    again = f"ddptrain train --multirun {shlex.join(rest)} {FOLDER}={short(folder)}"
+    again = f"ddptrain train --multirun {shlex.join([*rest, f'{FOLDER}={short(folder)}'])}"
     print(f"sweep {short(folder)}; to go on with it after an interruption:\n  {again}", flush=True)
     try:
         with launching(folder):
@@ -81,7 +84,7 @@ def _folder(overrides: list[str]) -> tuple[Path, list[str]]:
     sweeps = Path("runs") / "sweeps"
     job = Allocation.here()
     if named:
-        folder = Path(named[-1].partition("=")[2].strip("'\"")).expanduser().absolute()
+        folder = Path(str(parse(named)[-1].value())).expanduser().absolute()
     elif job is not None and job.is_batch:  # to come back to it, whatever starts the job again
         folder = (sweeps / f"slurm-{job.name}").absolute()
     else:
@@ -100,11 +103,11 @@ def _hydra(overrides: list[str], folder: Path) -> None:
     def trial(_: DictConfig) -> float:
         own = HydraConfig.get()
         number, judge = int(own.job.num), None
-        if "ddptrain_optuna" in own.sweeper["_target_"]:
+        if own.sweeper["_target_"] == SEARCH:
             from ddptrain.launch.study import judge_of
 
             judge = judge_of(own.sweeper, folder, number)
-        needs_value = "basic" not in own.sweeper["_target_"]
+        needs_value = own.sweeper["_target_"] != GRID
         chosen = [*own.overrides.task, *whole]
         value = run_trial(folder, number, chosen, fixed, needs_value, judge).value
         return math.nan if value is None else value

@@ -20,6 +20,7 @@ from ddptrain.run_directory import RunDirectory
 WHERE_IT_LIES = (
     "run.", "checkpoint.dir", "launch.interface", "slurm.account", "slurm.partition", "slurm.qos",
     "slurm.time", "slurm.memory", "slurm.sbatch", "slurm.srun", "slurm.setup", "slurm.python",
+    "slurm.interface", "launch.timeout", "launch.check",
 )  # fmt: skip
 """Keys that begin so say where a run lies or which machines take it: no reason for its metrics."""
 EXPECTED = "expected a run's directory (with a config.yaml), or a folder with runs below it"
