@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import HashStore, PrefixStore
 
 from ddptrain.errors import PeerFailed, TrainingError
-from ddptrain.parallel.roll_call import Attempt, Process, meet
+from ddptrain.parallel.roll_call import Attempt, Process, exchange, meet
 
 Board = PrefixStore
 
@@ -80,6 +80,11 @@ def test_who_is_missing_is_told_to_all_who_are_there() -> None:
         meet(where, 0, 3, 0.5)
     waiting.join()
     assert told == [str(raised.value)]
+
+
+def test_who_came_and_says_nothing_is_named() -> None:
+    with pytest.raises(PeerFailed, match=r"of 3 ranks 1, 2 came, and said nothing within 0\.2 s"):
+        exchange(board(), 0, 3, "mine", 0.2)
 
 
 def test_the_others_say_that_rank_0_knows_more(monkeypatch: pytest.MonkeyPatch) -> None:

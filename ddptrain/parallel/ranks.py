@@ -54,6 +54,7 @@ class Ranks:
         self.store: Store | None = None
         self.attempt = Attempt((Process(),), uuid4().hex)
         self.agreements = 0
+        self.patience: float | None = None
         if device.type == "cuda":
             # Before any collective: NCCL and a user's own .cuda() take the current device.
             torch.cuda.set_device(device)
@@ -65,6 +66,7 @@ class Ranks:
         """Wait for the other ranks. Raises ``TrainingError`` if one has not come in time."""
         if self.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             return
+        self.patience = seconds
         self.store = open_store(self.place, seconds, first=True)
         if self.world_size > 1:
             board = PrefixStore("roll-call", self.store)
@@ -137,7 +139,8 @@ class Ranks:
         assert self.store is not None
         self.agreements += 1
         board = PrefixStore(f"agree-{self.attempt.name}-{self.agreements}", self.store)
-        told = exchange(board, self.rank, self.world_size, json.dumps(mine, default=str))
+        said = json.dumps(mine, default=str)
+        told = exchange(board, self.rank, self.world_size, said, self.patience)
         return [json.loads(one) for one in told]
 
     def name_of(self, rank: int) -> str:

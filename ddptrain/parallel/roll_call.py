@@ -82,16 +82,25 @@ def meet(board: Board, rank: int, world_size: int, seconds: float | None) -> Att
     )
 
 
-def exchange(board: Board, rank: int, world_size: int, mine: str) -> list[str]:
+def exchange(
+    board: Board, rank: int, world_size: int, mine: str, seconds: float | None = None
+) -> list[str]:
     """What each rank of an attempt has to say, in rank order; what many say is sent once.
 
-    The ``board`` is of these ranks and for this once.
+    The ``board`` is of these ranks and for this once. Raises ``PeerFailed`` if one has said nothing
+    after ``seconds``: before, it may import the user's modules from a slow disk.
     """
     digests = [f"digest-{other}" for other in range(world_size)]
     own = sha256(mine.encode()).hexdigest()
     board.set(f"said-{rank}", mine)
     board.set(digests[rank], own)
     told = {own: mine}
+    if _repeat(lambda: own if board.check(digests) else None, seconds) is None:
+        silent = [str(other) for other, key in enumerate(digests) if not board.check([key])]
+        raise PeerFailed(
+            f"of {world_size} ranks {', '.join(silent)} came, and said nothing within {seconds:g} "
+            "s; see what holds that machine up, or give it more time (launch.timeout)"
+        )
     order = [digest.decode() for digest in board.multi_get(digests)]
     for other, digest in enumerate(order):
         if digest not in told:
