@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 
-from ddptrain.parent import end_with_parent
+from ddptrain.parent import OF_SWEEP, end_with_parent
 
 if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
     end_with_parent(signal.SIGKILL)  # until it can heed a gentler signal: imports take a second
+elif __name__ == "__main__" and (sweep := os.environ.pop(OF_SWEEP, None)):
+    end_with_parent(signal.SIGTERM, int(sweep))
 
 from ddptrain.cli import main
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED

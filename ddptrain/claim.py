@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,10 +16,13 @@ from uuid import uuid4
 
 from ddptrain.errors import Refused, Superseded
 from ddptrain.files import write_over
+from ddptrain.screen import say
 
 WAIT_SECONDS = 1.0
 """So long a process that was just killed may take to be gone, after a start has read its config."""
 OWNER, LOCK, LAUNCH_LOCK = ".owner", ".lock", ".launch.lock"
+LOST_NODE_SECONDS = 600.0
+"""So long a node that was lost may take to notice, and a disk to give up its locks."""
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +147,18 @@ class Claim:
                 f"{self.folder}: another start of this run has taken over while this one was cut "
                 f"off ({self.lock.holder() or 'its process is not known'}); this one writes no more"
             )
+
+
+def outwait(folder: Path) -> None:
+    """Give the start before time to leave the run: on a node that was lost it may live on."""
+    until = time.monotonic() + LOST_NODE_SECONDS
+    locks = [Lock(folder / name) for name in (LAUNCH_LOCK, LOCK)]
+    said = ""
+    while time.monotonic() < until and (taken := [lock for lock in locks if lock.is_taken()]):
+        if not said:
+            said = f"{folder} is in use by {taken[0].holder() or 'a start before'}; waiting for it"
+            say(said, sys.stderr)
+        time.sleep(0.5)
 
 
 @contextmanager

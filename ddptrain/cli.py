@@ -85,7 +85,7 @@ def _train(parsed: argparse.Namespace) -> int:
         return sweep(parsed.overrides)
     overrides = parsed.overrides
     if parsed.trial is not None:
-        from ddptrain.launch.sweep import combination
+        from ddptrain.launch.combinations import combination
 
         overrides = combination(overrides, parsed.trial)
     return _start(compose(overrides), overrides)

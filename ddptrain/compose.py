@@ -15,7 +15,6 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -23,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddptrain.config import BUILT, Config, check
 from ddptrain.errors import Refused
+from ddptrain.overrides import parse
 from ddptrain.snapshot import code_folder, make_importable
 from ddptrain.targets import check_arguments, suggest
 from ddptrain.trust import check_targets
@@ -188,23 +188,6 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def parse(overrides: list[str]) -> list[Override]:
-    """Parse Hydra overrides. Raises ``Refused`` on what is not one."""
-    parser = OverridesParser.create()
-    parsed: list[Override] = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if not key.strip("+~ "):
-            raise Refused(f"not an override (key=value): {override!r}")
-        try:
-            parsed += parser.parse_overrides([override])
-        except HydraException as error:
-            hint = f"; quote a value with signs in it: '{key}=\"{value}\"'" if value else ""
-            told = _first_line(error)
-            raise Refused(f"not an override (key=value): {override}: {told}{hint}") from None
-    return parsed
 
 
 def _check_keys(node: dict[str, Any], schema: type, path: str) -> None:

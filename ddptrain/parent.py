@@ -8,19 +8,22 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+OF_SWEEP = "DDPTRAIN_OF_SWEEP"
+"""The variable that tells a trial which process runs its sweep, and ends it."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Those that ask a run to stop, and come to its whole process group: a child leaves them to it."""
 
 
-def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
     """Have the kernel send ``number`` to this process when its parent is gone, however that ended.
 
     For a rank under an agent, and a loading worker under its rank: torchrun's agent, if killed,
-    leaves its ranks training. On Linux alone; see prctl(2).
+    leaves its ranks training. ``parent`` is its process, if that is known to be another one than
+    whoever has taken over its children by now. On Linux alone; see prctl(2).
     """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the kernel knew
         os.kill(os.getpid(), signal.SIGKILL)

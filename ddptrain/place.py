@@ -7,9 +7,10 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from ddptrain.errors import EXIT_REFUSED, Refused
 
@@ -17,6 +18,8 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process that it starts."""
 SIOCGIFADDR = 0x8915
 """Linux's request for the address of a network interface: see netdevice(7)."""
+LINK_LOCAL = "20"
+"""The scope, in /proc/net/if_inet6, of an address that means nothing without its interface."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,35 @@ def choose_interface(name: str | None) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
 
 
-def own_address() -> str | None:
-    """The IPv4 address from which this machine reaches rank 0's; None if that cannot be told."""
+def own_address(interface: str | None = None) -> str | None:
+    """The address of this machine's ``interface``, or that from which it reaches rank 0's machine.
+
+    None if that cannot be told.
+    """
+    if interface is not None:
+        return next((address for address, name in _addresses() if name == interface), None)
     first = os.environ.get("MASTER_ADDR")
     return None if first is None else address_towards([first])
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has a numeric IPv4 ``address``; None if none here has it."""
+    """The network interface that has a numeric ``address``; None if none here has it."""
+    return next((name for known, name in _addresses() if known == address), None)
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
+    """The numeric addresses of this machine with their interfaces, the IPv4 ones first."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             with suppress(OSError):  # it has no address
                 answer = fcntl.ioctl(asked, SIOCGIFADDR, request)
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return None
+                yield socket.inet_ntoa(answer[20:24]), name
+    with suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, _, _, scope, _, name = line.split()
+            if scope != LINK_LOCAL:
+                yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), name
 
 
 def address_towards(others: Iterable[str]) -> str | None:
@@ -104,9 +120,11 @@ def address_towards(others: Iterable[str]) -> str | None:
     None if there is none. Of its own name a machine often knows no more than 127.0.1.1.
     """
     for other in others:
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-            way.connect((other, 9))  # sends nothing
-            return str(way.getsockname()[0])
+        with suppress(OSError):
+            for family, kind, _, _, target in socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM):
+                with suppress(OSError), socket.socket(family, kind) as way:
+                    way.connect(target)  # sends nothing
+                    return str(way.getsockname()[0])
     return None
 
 

@@ -18,8 +18,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "generators", "hashing",
           "failpoints", "lagging", "pulse", "processes", "beside",
           "marks"}  # fmt: skip
-PLAIN = GROUND | {"config", "targets", "compose", "origin", "permitted", "run_directory",
-                  "snapshot", "state", "trust"}  # fmt: skip
+PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
+                  "run_directory", "snapshot", "state", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -42,10 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     "signatures": {"sources"},
     "targets": {"errors", "signatures"},
     "permitted": set(),
+    "overrides": {"errors"},
     "trust": {"errors", "permitted", "sources"},
     "state": {"errors"},
     "snapshot": {"origin"},
-    "compose": {"config", "errors", "snapshot", "targets", "trust"},
+    "compose": {"config", "errors", "overrides", "snapshot", "targets", "trust"},
     "origin": set(),
     "run_directory": {"claim", "compose", "config", "errors", "files", "origin"},
     "remembered": {"compose", "config", "files", "place"},

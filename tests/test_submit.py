@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from launching import DDPTRAIN, PROJECT, run
 
-from ddptrain.compose import compose, parse
+from ddptrain.compose import compose
 from ddptrain.errors import Refused
+from ddptrain.overrides import parse
 from ddptrain.snapshot import CODE, LARGEST, code_folder, copy_code
 
 SUBMIT = [*DDPTRAIN, "submit", "experiment=ragged"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import shutil
 import signal
 import time
@@ -21,7 +24,9 @@ from launching import (
     read_result,
     run,
     start,
+    tree,
 )
+from optuna import create_study
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -31,8 +36,11 @@ from optuna.distributions import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from ddptrain.compose import parse
+from ddptrain.launch.study import _sampler as sampler
+from ddptrain.launch.study import _tell as tell
 from ddptrain.launch.study import distribution
+from ddptrain.launch.trial import Outcome
+from ddptrain.overrides import override, parse
 
 SWEEP = [*DDPTRAIN, "train", "--multirun"]
 SHORT = ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6", "log.every_steps=3"]
@@ -120,6 +128,13 @@ def test_a_sweep_passes_on_what_leaves_a_section_out(project: Path) -> None:
         (["optim.lr=interval(0.1,0.2)"], "does not support sweep type : INTERVAL_SWEEP"),
         (["hydra/sweeper=optunna", "seed=1,2"], "Could not find 'hydra/sweeper/optunna'"),
         ([*SEARCH, "hydra.sweeper.trials=2"], "Could not override 'hydra.sweeper.trials'"),
+        (["seed=range(5,1)"], "seed=range(5,1): expected a range with something in it"),
+        (["seed=1,2", "hydra.sweep.dir=/proc/here"], "hydra.sweep.dir=/proc/here: "),
+        ([*SEARCH, "hydra.sweeper.direction=max"], "direction: expected maximize or minimize, got"),
+        ([*SEARCH, "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs: expected a number above 0"),
+        ([*SEARCH, "hydra.sweeper.n_trials=many"], "hydra.sweeper.n_trials: expected a number"),
+        ([*SEARCH, "hydra.sweeper.storage=nowhere"], "hydra.sweeper.storage=nowhere: Could not"),
+        ([*SEARCH, "+hydra.sweeper.sampler.nonsense=1"], "nonsense"),
     ],
 )
 def test_an_impossible_sweep_is_refused_before_any_trial(
@@ -130,6 +145,50 @@ def test_an_impossible_sweep_is_refused_before_any_trial(
     (line,) = finished.stderr.strip().splitlines()
     assert expected in line
     assert not list(project.glob("runs/sweeps/*"))
+
+
+def test_a_trial_outlives_no_sweep_and_is_gone_on_with_at_once(project: Path) -> None:
+    """As when the system, out of memory, kills the sweep alone."""
+    slow = [*QUICK, "data.train.seconds=0.003", "train.max_steps=40"]
+    command = [*SWEEP, *slow, "hydra.sweep.dir=runs/mine"]
+    sweep = start(command, project)
+    trial = project / "runs" / "mine" / "0"
+    wait_for(trial / "metrics.jsonl", sweep)
+    sweep.kill()
+    ended_well(run(command, project))
+    sweep.communicate(timeout=LIMIT_SECONDS)
+    assert [each["status"] for each in outcomes(trial.parent)] == ["completed"]
+    assert read_result(trial)["restarts"] == 1
+    steps = [line["step"] for line in read_metrics(trial)]
+    assert steps == sorted(set(steps)), "the trial of the killed sweep saved what it had done"
+
+
+def test_jobs_of_a_sweep_that_are_lost_are_failed_trials(project: Path) -> None:
+    """Two at a time: of the first two one's process is killed, as a node may be that has it."""
+    slow = [*QUICK, "data.train.seconds=0.02", "hydra/launcher=submitit_local", "seed=1,2"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
+    sweep = start([*SWEEP, *slow, *search, "hydra.sweep.dir=runs/mine"], project)
+    folder = project / "runs" / "mine"
+    for number in "01":
+        wait_for(folder / number / "metrics.jsonl", sweep)
+    (victim,) = [p for p in tree(sweep.pid) if _is_job_of(p, folder / "1")]
+    os.kill(victim, signal.SIGKILL)
+    out, err = sweep.communicate(timeout=LIMIT_SECONDS)
+    assert sweep.returncode == 1, err
+    assert "Traceback" not in err
+    told = r"trial 1: its job \d+ ended without a result \(FINISHED\); see .*log\.out"
+    assert re.search(told, out)
+    assert re.search(f"ddptrain: 1 trial failed: {told}$", err.splitlines()[-1])
+    assert [(each["number"], each["status"]) for each in outcomes(folder)] == [
+        (number, "completed") for number in (0, 2, 3)
+    ]
+
+
+def _is_job_of(process: int, run_dir: Path) -> bool:
+    """Whether a process is submitit's, and has started a trial."""
+    children = [Path(f"/proc/{child}/cmdline").read_text() for child in tree(process)[1:2]]
+    own = Path(f"/proc/{process}/cmdline").read_text()
+    return "submitit.core" in own and any(f"run.dir={run_dir}\0" in line for line in children)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -163,7 +222,7 @@ def test_a_grid_that_was_killed_goes_on_where_it_was(project: Path) -> None:
     assert (folder / "0" / "result.json").stat().st_mtime_ns == finished_before
     assert read_result(folder / "1")["restarts"] == 1
     assert [each["status"] for each in outcomes(folder)] == ["completed"] * 2
-    for others in (["optim.lr=0.2,0.01"], SEARCH):
+    for others in (["optim.lr=0.2,0.01"], ["hydra/sweeper=optuna", "optim.lr=0.2,0.01"]):
         other = run([*SWEEP, *slow[:-1], *others, "hydra.sweep.dir=runs/mine"], project)
         assert other.returncode == 2
         assert "holds another sweep, in which trial 0 was: optim.lr=0.1" in other.stderr
@@ -185,6 +244,8 @@ def test_a_search_that_was_killed_has_the_trials_that_it_would_have_had(project:
     assert again == clean
     restarts = [read_result(project / "runs" / "killed" / str(n))["restarts"] for n in range(4)]
     assert restarts == [0, 0, 1, 0]
+    other = [*killed[:-1], "optim.lr=interval(0.1,1)", "hydra.sweeper.n_trials=5", killed[-1]]
+    assert "holds another search" in run(other, project).stderr
     best = yaml.safe_load((project / "runs" / "killed" / "best.yaml").read_text())
     assert best["value"] == min(each["value"] for each in clean)
     assert 1e-4 <= best["params"]["optim.lr"] <= 1e-1
@@ -247,18 +308,74 @@ def test_jobs_that_start_at_once_do_not_collide(project: Path) -> None:
     assert len({read_result(each)["weights_sha256"] for each in runs}) == 1
 
 
+def test_a_pruner_that_raises_leaves_no_trial_behind(project: Path) -> None:
+    (project / "broken.py").write_text(
+        "from optuna.pruners import BasePruner\n\n\n"
+        "class Broken(BasePruner):\n"
+        "    def prune(self, study, trial):\n"
+        "        raise RuntimeError('no idea')\n"
+    )
+    given = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=runs/mine"]
+    given += ["+hydra.sweeper.pruner._target_=broken.Broken", "train.max_steps=1000", "seed=1,2"]
+    finished = run([*SWEEP, *QUICK, "data.train.seconds=0.02", *given], project)
+    assert finished.returncode == 1
+    assert "RuntimeError: no idea" in finished.stderr
+    assert read_result(project / "runs" / "mine" / "0")["status"] == "stopped"
+
+
+def test_shuffled_trials_have_their_order_for_good(project: Path) -> None:
+    """In a folder whose name has signs that mean something to Hydra, too."""
+    given = [*SHORT[:1], "train.max_steps=1", "eval.every_steps=null", "log.tensorboard=false"]
+    given += ["checkpoint.keep_best=0", "seed=shuffle(range(1,6))"]
+    folder = project / "runs" / 'it\'s (a) {sweep}, "mine"'
+    where = override("hydra.sweep.dir", folder)
+    out = ended_well(run([*SWEEP, *given, where], project))
+    told = [each["told"] for each in outcomes(folder)]
+    assert sorted(told) == [f"seed={number}" for number in range(1, 6)] != told
+    again = re.search("to go on with it after an interruption:\n  ddptrain (.*)\n", out)
+    assert again is not None
+    out = ended_well(run([*DDPTRAIN, *shlex.split(again[1])], project))
+    assert out.count("completed before") == 5
+    ended_well(run([*DDPTRAIN, "train", *given, "--trial=2", "run.dir=alone"], project))
+    assert (
+        read_result(project / "alone")["weights_sha256"]
+        == (read_result(folder / "2")["weights_sha256"])
+    )
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_samplers_draws_come_from_the_number_of_the_trial() -> None:
+    """Also of one's own; but for those that draw from one sequence for all trials."""
+
+    def draws(target: str, **settings: Any) -> list[float]:
+        study = create_study()
+        for number in range(4):
+            study.sampler = sampler({"_target_": f"optuna.samplers.{target}", **settings}, number)
+            study.ask({"a": FloatDistribution(0, 4)})
+            tell(study, number, Outcome(number, "", [], "completed", 1.0))
+        return [trial.params["a"] for trial in study.trials]
+
+    for target in ("TPESampler", "RandomSampler"):
+        assert draws(target) == draws(target, seed=0) != draws(target, seed=1)
+    space = {"a": [0.0, 1.0, 2.0, 3.0]}
+    assert sorted(draws("GridSampler", search_space=space)) == space["a"]
+    quarters = [int(value) for value in draws("QMCSampler", seed=3, scramble=True)]
+    assert sorted(quarters) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("given", "expected"),
     [
         ("a=interval(0.1,1)", FloatDistribution(0.1, 1.0)),
         ("a=int(interval(1,8))", IntDistribution(1, 8)),
         ("a=tag(log,interval(1e-4,1e-1))", FloatDistribution(1e-4, 1e-1, log=True)),
         ("a=tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
         ("a=range(1,10,3)", IntDistribution(1, 7, step=3)),
+        ("a=range(10,1,-3)", IntDistribution(4, 10, step=3)),
         ("a=range(2,10,4)", IntDistribution(2, 6, step=4)),
         ("a=range(0.5,2,0.5)", FloatDistribution(0.5, 1.5, step=0.5)),
         ("a=x,null,3", CategoricalDistribution(["x", "null", "3"])),
     ],
 )
-def test_what_is_searched_is_what_was_typed(override: str, expected: BaseDistribution) -> None:
-    assert distribution(parse([override])[0]) == expected
+def test_what_is_searched_is_what_was_typed(given: str, expected: BaseDistribution) -> None:
+    assert distribution(parse([given])[0]) == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,33 @@ def agree_on_code(config: Config, ranks: Ranks) -> None:
     if ranks.world_size == 1:
         return
     ranks.agree(versions(), "has other versions than", "install the same on all nodes")
-    for name in sorted(set(_targets(to_plain(config)))):
-        parts = name.split(".")[:-1]
-        while parts:  # it may be a class within a class
-            with suppress(Exception):  # who builds it says what is wrong
-                import_module(".".join(parts))
-                break
-            parts.pop()
+    import_targets(config)  # who builds one that cannot be imported says what is wrong
     remedy = "start all ranks from copies of one folder that are alike"
     ranks.agree(loaded_code(), "runs other code than", remedy, shared_only=True)
+
+
+def agree_on_config(config: Config, ranks: Ranks) -> None:
+    """Refuse ranks that were started with another config."""
+    remedy = "start all ranks with the same arguments"
+    ranks.agree(common(config), "was started with another config than", remedy)
+
+
+def import_targets(config: Config) -> list[str]:
+    """Import the modules that a config names; return what is wrong with those that cannot be."""
+    wrong = []
+    for name in sorted(set(_targets(to_plain(config)))):
+        parts, why = name.split(".")[:-1], ""
+        while parts:  # it may be a class within a class
+            try:
+                import_module(".".join(parts))
+                break
+            except Exception as error:
+                is_class = isinstance(error, ModuleNotFoundError) and error.name == ".".join(parts)
+                why = why or ("" if is_class else f"{name}: {type(error).__name__}: {error}")
+            parts.pop()
+        if why or not parts:
+            wrong.append(why or f"{name}: there is no module {name.split('.')[0]}")
+    return wrong
 
 
 def _targets(node: object) -> Iterator[str]:

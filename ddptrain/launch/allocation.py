@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ddptrain.claim import LAUNCH_LOCK, LOCK, Lock
+from ddptrain.claim import outwait
 from ddptrain.config import Config, Resume
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.place import refuse_tasks
@@ -19,8 +19,6 @@ from ddptrain.screen import say
 
 FIRST_PSEUDO_STEP = 0xFFFFFFF0
 """From here on are batch scripts, interactive shells and the like, which no srun has started."""
-LOST_NODE_SECONDS = 600.0
-"""So long a node that Slurm has lost may take to notice, and a disk to give up its locks."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Allocation:
             config.run.dir = str(Path("runs") / str(config.run.name) / f"slurm-{self.name}")
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")):
             config.run.resume = Resume.auto  # it was held against what there was at first
-            _outwait(Path(str(config.run.dir)))
+            outwait(Path(str(config.run.dir)))
 
     def addresses(self) -> dict[str, str]:
         """The nodes by name, with the address at which Slurm reaches each: it need not resolve."""
@@ -110,18 +108,6 @@ class Allocation:
             sys.stderr,
         )
         return True
-
-
-def _outwait(folder: Path) -> None:
-    """Give the start before time to leave the run: on a node that Slurm has lost it may live on."""
-    until = time.monotonic() + LOST_NODE_SECONDS
-    locks = [Lock(folder / name) for name in (LAUNCH_LOCK, LOCK)]
-    said = ""
-    while time.monotonic() < until and (taken := [lock for lock in locks if lock.is_taken()]):
-        if not said:
-            said = f"{folder} is in use by {taken[0].holder() or 'a start before'}; waiting for it"
-            say(said, sys.stderr)
-        time.sleep(1)
 
 
 def ask(*command: str) -> str:

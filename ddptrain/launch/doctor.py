@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ddptrain.config import Config, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, Refused
-from ddptrain.launch.agreement import agree_on_code, common
+from ddptrain.launch.agreement import agree_on_code, agree_on_config, import_targets
 from ddptrain.launch.findings import Finding, State, judge, judge_speed
 from ddptrain.launch.machine import Machine
 from ddptrain.launch.patience import MEETING_SECONDS
@@ -23,7 +23,7 @@ from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place, choose_interface
 from ddptrain.resilience.failure import leave_now
 
-GROUP_SECONDS, ADDING_SECONDS = 10.0, 15.0
+GROUP_SECONDS, MEASURE_SECONDS, ADDING_SECONDS = 10.0, 6.0, 15.0
 PIPE_WIDTH = 180
 """Columns of a table that no terminal shows, so that a line of it can be found."""
 LOOKS = {State.ok: "green", State.warning: "yellow", State.failed: "bold red"}
@@ -39,11 +39,10 @@ def doctor(config: Config, place: Place) -> int:
     ranks = Ranks(place, device, None)
     ranks.meet(config.launch.timeout or MEETING_SECONDS)
     machines, findings = examine(ranks, config)
-    if not any(each.check in ("network", "versions") for each in failed(findings)):
-        agree_on_code(config, ranks)
-        ranks.agree(common(config), "has another config than", "start all with the same arguments")
-        if ranks.world_size > 1:
-            findings += _try_adding(ranks, machines, findings)
+    findings += _try_code(ranks, config)
+    parted = any(each.check in ("network", "versions") for each in failed(findings))
+    if ranks.world_size > 1 and not parted:
+        findings += _try_adding(ranks, machines, findings)
     if ranks.is_first:
         show(findings)
     if wrong := failed(findings):
@@ -73,6 +72,26 @@ def refuse_unfit(ranks: Ranks, config: Config) -> None:
         raise Refused("; ".join(f"{each.check}: {each.found}: {each.remedy}" for each in wrong))
 
 
+def _try_code(ranks: Ranks, config: Config) -> list[Finding]:
+    """Whether the code that the config names can be imported, and is the same on all ranks."""
+    found = []
+    wrong = [told["wrong"] for told in ranks.tell({"wrong": import_targets(config)})]
+    for rank, problems in enumerate(wrong):
+        if problems and problems not in wrong[:rank]:
+            where = f"{ranks.name_of(rank)}: {'; '.join(problems)}"
+            remedy = "install what is missing, or start where the code lies"
+            found.append(Finding("code", State.failed, where, remedy))
+    for check, agree in (("code", agree_on_code), ("config", agree_on_config)):
+        try:
+            agree(config, ranks)
+        except Refused as error:
+            told, _, remedy = str(error).rpartition("; ")
+            found.append(Finding(check, State.failed, told, remedy))
+    return found or [
+        Finding("code", State.ok, "imported, and the same on all ranks, as the config")
+    ]
+
+
 def _try_adding(ranks: Ranks, machines: list[Machine], so_far: list[Finding]) -> list[Finding]:
     """Form a group and all-reduce in it. One that hangs ends the process, with the table."""
     remedy = "see what is between the machines, or choose another interface (launch.interface)"
@@ -88,7 +107,7 @@ def _try_adding(ranks: Ranks, machines: list[Machine], so_far: list[Finding]) ->
     limit.start()
     try:
         ranks.join(timedelta(seconds=GROUP_SECONDS))
-        found = judge_speed(machines, all_reduce(ranks))
+        found = judge_speed(machines, all_reduce(ranks, MEASURE_SECONDS))
         ranks.leave()
     except RuntimeError as error:
         why = str(error).splitlines()[0]

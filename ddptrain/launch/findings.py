@@ -11,7 +11,7 @@ from statistics import median
 from rich.filesize import decimal
 
 from ddptrain.launch.machine import LOOPBACK, Machine, by_machine
-from ddptrain.launch.probes import Probes
+from ddptrain.launch.probes import SIZES, Probes
 
 GB, MB = 10**9, 10**6
 LEAST_DISK, SCANT_DISK = 50 * MB, 2 * GB
@@ -234,6 +234,10 @@ def judge_speed(machines: list[Machine], taken: dict[int, float]) -> list[Findin
         f"{decimal(size)} in {taken[size] * 1e3:.2f} ms, {decimal(int(speeds[size]))}/s"
         for size in taken
     )
+    if left_out := [decimal(size) for size in SIZES if size not in taken]:
+        told += f"; {' and '.join(left_out)} would take too long"
+        remedy = "a step waits for its gradients: take a faster link, or name it (launch.interface)"
+        return [_warning("all-reduce", told, remedy)]
     links = [machine.speed for machine in by_machine(machines) if machine.speed is not None]
     if len(by_machine(machines)) == 1 or not links:
         return [_ok("all-reduce", told)]

@@ -17,7 +17,7 @@ from ddptrain.place import Place, interface_of, own_address
 from ddptrain.run_directory import NODE_MEMORY
 
 CGROUP = Path("/sys/fs/cgroup")
-LOOPBACK = "127."
+LOOPBACK = ("127.", "::1")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Machine:
     @staticmethod
     def here(config: Config, place: Place, device: torch.device) -> Machine:
         """That of this rank, whose part in the launch is ``place``."""
-        address = own_address() or "127.0.0.1"
+        address = own_address(config.launch.interface) or "127.0.0.1"
         interface = config.launch.interface or interface_of(address)
         folder = folder_of_runs(config)
         on_gpu = device.type == "cuda"
@@ -71,7 +71,7 @@ class Machine:
             shared_memory=_free(NODE_MEMORY),
             folder=str(folder),
             disk=_free(folder),
-            unwritable=_unwritable(folder),
+            unwritable=_unwritable(folder) if place.rank == 0 else None,
         )
 
     @staticmethod

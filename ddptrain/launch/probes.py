@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from ddptrain.launch.machine import Machine, by_machine
 from ddptrain.parallel.ranks import Ranks
 
 REACH_SECONDS = 3.0
+AT_ONCE = 64
 VISIBLE_SECONDS = 3.0
 """Network file systems may keep the list of a folder for so long; most keep it for less."""
 SIZES = (1 << 12, 1 << 20, 1 << 24, 1 << 26)
@@ -46,8 +48,10 @@ def probe(ranks: Ranks, machines: list[Machine]) -> list[Probes]:
     firsts = by_machine(machines)
     with _listening(here.address) as port:
         ports = [int(told["port"]) for told in ranks.tell({"port": port})]
-        is_first = here in firsts
-        unreached = [m for m in firsts if is_first and m is not here and not _reaches(m, ports)]
+        others = [machine for machine in firsts if machine is not here and here in firsts]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            reached = list(pool.map(lambda machine: _reaches(machine, ports), others))
+        unreached = [one for one, is_reached in zip(others, reached, strict=True) if not is_reached]
         ranks.tell({})  # nobody stops listening before all have tried
     clock = time.time()
     sees, holds, seconds = _try_folder(ranks, here)
@@ -58,7 +62,8 @@ def probe(ranks: Ranks, machines: list[Machine]) -> list[Probes]:
 @contextmanager
 def _listening(address: str) -> Iterator[int]:
     """Listen at a port of the address by which others are to reach this machine."""
-    with socket.create_server((address, 0), backlog=1024) as server:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=1024) as server:
         yield server.getsockname()[1]
 
 
@@ -118,10 +123,17 @@ def _flush(file: Path) -> float:
     return sorted(taken)[2]
 
 
-def all_reduce(ranks: Ranks) -> dict[int, float]:
-    """Median seconds of an all-reduce of so many bytes, as rank 0 measures it, for some sizes."""
-    found = {}
+def all_reduce(ranks: Ranks, seconds: float) -> dict[int, float]:
+    """Median seconds of an all-reduce of so many bytes, as rank 0 measures it, for some sizes.
+
+    Those that would not be over within so many ``seconds`` of all are left out.
+    """
+    found: dict[int, float] = {}
+    until = time.monotonic() + seconds
     for size in SIZES:
+        expected = max((size / known * found[known] for known in found), default=0.0)
+        if ranks.gather((LEAST + 2) * expected > until - time.monotonic())[0]:
+            break
         buffer = torch.zeros(size // 4, device=ranks.device)
         _timed(buffer)
         rounds = min(max(int(SIZE_SECONDS / ranks.from_first(_timed(buffer))), LEAST), MOST)

@@ -105,6 +105,13 @@ class Agents:
     def __post_init__(self) -> None:
         self.until = math.inf if self.seconds is None else time.monotonic() + self.seconds
 
+    def check_store(self) -> None:
+        """Raise what kept the store from being opened, at which agents would wait for ever."""
+        if self.store.problem is not None:
+            self.process.terminate()
+            self.process.wait()
+            raise self.store.problem
+
     def end_if_one_is_missing(self) -> None:
         """Name the nodes whose agents are not there by then, and end the others."""
         if time.monotonic() < self.until:
@@ -186,6 +193,7 @@ def _wait(
         at = time.monotonic() + left - min(grace_seconds + MARGIN_SECONDS, left / 4)
     while agents.process.poll() is None:
         agents.end_if_one_is_missing()
+        agents.check_store()
         told = [signals.popleft() for _ in range(len(signals))]
         asked |= set(told)
         if time.monotonic() > at:

@@ -10,14 +10,13 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from optuna import create_study, load_study, logging
 from optuna.distributions import (
     BaseDistribution,
@@ -26,19 +25,24 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.samplers import BaseSampler, GridSampler, QMCSampler
+from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ddptrain.compose import parse
 from ddptrain.errors import Refused
-from ddptrain.launch.trial import Judge, Outcome, run_of
+from ddptrain.launch.combinations import in_order
+from ddptrain.launch.trial import FOLDER, Judge, Outcome, run_of
+from ddptrain.overrides import parse
 
 JOURNAL = "study.log"
 OWNER = "sweep"
 """The attribute of a trial that says which sweep is to finish it: a database may hold several's."""
+EXHAUSTED = "exhausted"
+"""The attribute of a study whose sampler has drawn all that there is."""
+IN_SEQUENCE = (GridSampler, QMCSampler)
+"""What these draw goes by how many trials there are already, and by one seed for all of them."""
 Launch = Callable[..., Sequence[Any]]
 
 
@@ -49,21 +53,12 @@ def search(
 
     ``launch`` is a Hydra launcher's; what came of a trial is read where it was left.
     """
-    logging.set_verbosity(logging.WARNING)
     ranges = [f"{key}={value}" for key, value in (settings["params"] or {}).items()]
-    overrides = parse([*ranges, *arguments])
+    overrides = parse(in_order([*ranges, *arguments]))
     space = {str(o.key_or_group): distribution(o) for o in overrides if o.is_sweep_override()}
     keys = {str(o.key_or_group): str(o.get_key_element()) for o in overrides}
     fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
-    by_mode = StudyDirection.MAXIMIZE if maximizes else StudyDirection.MINIMIZE
-    wanted = settings["direction"]
-    study = create_study(
-        storage=_storage(settings, folder),
-        study_name=settings["study_name"],
-        pruner=settings["pruner"],
-        direction=by_mode if wanted is None else StudyDirection[str(wanted).upper()],
-        load_if_exists=True,
-    )
+    study = _open(settings, folder, maximizes)
 
     def run(trials: list[tuple[int, dict[str, Any]]]) -> None:
         chosen = [[*fixed, *(f"{keys[k]}={v}" for k, v in p.items())] for _, p in trials]
@@ -76,16 +71,17 @@ def search(
     left = _of_sweep(study, owner, TrialState.RUNNING)
     for batch in _consecutive([(trial.number, trial.params) for trial in left]):
         run(batch)
-    while (done := len(_of_sweep(study, owner))) < settings["n_trials"]:
+    count, at_once = settings["n_trials"], settings["n_jobs"]
+    while (done := len(_of_sweep(study, owner))) < count and EXHAUSTED not in study.user_attrs:
         asked = []
-        for number in range(done, min(done + settings["n_jobs"], settings["n_trials"])):
+        for number in range(done, min(done + at_once, count)):
             study.sampler = _sampler(settings["sampler"], number)
-            trial = study.ask(space)
+            trial = _ask(study, space, folder)
             trial.set_user_attr(OWNER, owner)
             asked.append((trial.number, trial.params))
         for batch in _consecutive(asked):
             run(batch)
-    _write_best(study, folder)
+    _write_best(study, owner, folder)
 
 
 def judge_of(settings: Any, folder: Path, number: int) -> Judge | None:
@@ -118,9 +114,10 @@ def distribution(override: Override) -> BaseDistribution:
     if isinstance(value, RangeSweep) and not value.shuffle:
         start, stop, step = _number(value.start), _number(value.stop), _number(value.step)
         last = start + (math.ceil((stop - start) / step) - 1) * step  # its end is not of it
+        low, high, step = min(start, last), max(start, last), abs(step)
         if isinstance(value.start, int) and isinstance(value.step, int):
-            return IntDistribution(int(start), int(last), step=int(step))
-        return FloatDistribution(start, last, step=step)
+            return IntDistribution(int(low), int(high), step=int(step))
+        return FloatDistribution(low, high, step=step)
     if override.is_discrete_sweep():
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     raise Refused(f"{override.input_line}: expected values, a range or an interval")
@@ -131,21 +128,61 @@ def _number(value: float | None) -> float:
     return float(value)
 
 
-def _storage(settings: Any, folder: Path) -> str | BaseStorage:
-    if settings["storage"] is not None:
-        return str(settings["storage"])
+def _storage(settings: Any, folder: Path) -> BaseStorage:
+    if (url := settings["storage"]) is not None:
+        try:
+            return get_storage(str(url))
+        except Exception as error:  # of SQLAlchemy, of a database's driver, or its being missing
+            why = str(error).splitlines()[0]
+            raise Refused(f"hydra.sweeper.storage={url}: {why}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its being experimental
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
 
 
-def _sampler(configured: BaseSampler | partial[BaseSampler], number: int) -> BaseSampler:
-    if not isinstance(configured, partial):
-        return configured
-    if "seed" not in inspect.signature(configured.func).parameters:
-        return configured()
-    key = f"{configured.keywords.get('seed')}:{number}".encode()
-    return configured(seed=int.from_bytes(sha256(key).digest()[:4], "little"))
+def _open(settings: dict[str, Any], folder: Path, maximizes: bool) -> Study:
+    """The study of a sweep, new or as it was left. Raises ``Refused`` on settings that are none."""
+    for key in ("n_trials", "n_jobs"):
+        if not isinstance(count := settings[key], int) or count < 1:
+            raise Refused(f"hydra.sweeper.{key}: expected a number above 0, got {count!r}")
+    logging.set_verbosity(logging.WARNING)
+    direction = _direction(settings["direction"], maximizes)
+    pruner, sampler = instantiate(settings["pruner"]), _sampler(settings["sampler"], 0)
+    return create_study(
+        storage=_storage(settings, folder),
+        study_name=settings["study_name"],
+        sampler=sampler,
+        pruner=pruner,
+        direction=direction,
+        load_if_exists=True,
+    )
+
+
+def _direction(wanted: str | None, maximizes: bool) -> StudyDirection:
+    known = {"maximize": StudyDirection.MAXIMIZE, "minimize": StudyDirection.MINIMIZE}
+    if wanted is None:
+        return known["maximize" if maximizes else "minimize"]
+    if str(wanted) not in known:
+        raise Refused(f"hydra.sweeper.direction: expected {' or '.join(known)}, got {wanted!r}")
+    return known[str(wanted)]
+
+
+def _ask(study: Study, space: dict[str, BaseDistribution], folder: Path) -> Trial:
+    try:
+        return study.ask(space)
+    except ValueError as error:  # of a range that is not what it was
+        raise Refused(f"{folder} holds another search: {error}; name another {FOLDER}") from None
+
+
+def _sampler(configured: Any, number: int) -> BaseSampler:
+    """That of one trial, whose draws do not depend on what was drawn before it."""
+    sampler = get_class(str((configured or {}).get("_target_", "none")))
+    if "seed" not in inspect.signature(sampler).parameters:
+        return cast("BaseSampler", instantiate(configured))
+    seed = configured.get("seed") or 0
+    if not issubclass(sampler, IN_SEQUENCE):
+        seed = int.from_bytes(sha256(f"{seed}:{number}".encode()).digest()[:4], "little")
+    return cast("BaseSampler", instantiate(configured, seed=seed))
 
 
 def _of_sweep(study: Study, owner: str | None, *states: TrialState) -> list[FrozenTrial]:
@@ -165,17 +202,23 @@ def _consecutive(asked: list[tuple[int, dict[str, Any]]]) -> list[list[tuple[int
 
 
 def _tell(study: Study, number: int, outcome: Outcome | None) -> None:
+    state, value = TrialState.FAIL, None
     if outcome is not None and outcome.status == "pruned":
-        study.tell(number, state=TrialState.PRUNED)
-    elif outcome is None or outcome.status == "failed" or outcome.value is None:
-        study.tell(number, state=TrialState.FAIL)
-    else:
-        study.tell(number, outcome.value)
+        state = TrialState.PRUNED
+    elif outcome is not None and outcome.status == "completed" and outcome.value is not None:
+        state, value = TrialState.COMPLETE, outcome.value
+    try:
+        study.tell(number, value, state)
+    except RuntimeError:  # a sampler that has nothing left asks to stop a loop, which is ours here
+        if not study.trials[number].state.is_finished():
+            raise
+        study.set_user_attr(EXHAUSTED, True)
 
 
-def _write_best(study: Study, folder: Path) -> None:
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if done:
-        best = study.best_trial
-        told = {"number": best.number, "value": best.value, "params": dict(best.params)}
+def _write_best(study: Study, owner: str | None, folder: Path) -> None:
+    done = _of_sweep(study, owner, TrialState.COMPLETE)
+    if valued := [(trial.value, trial) for trial in done if trial.value is not None]:
+        choose = max if study.direction is StudyDirection.MAXIMIZE else min
+        value, best = choose(valued, key=lambda each: each[0])
+        told = {"number": best.number, "value": value, "params": dict(best.params)}
         (folder / "best.yaml").write_text(yaml.safe_dump(told, sort_keys=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from shlex import quote
@@ -12,6 +11,7 @@ from ddptrain.errors import EXIT_COMPLETED
 from ddptrain.files import make_new, replace_text
 from ddptrain.launch.allocation import ask
 from ddptrain.observe.result import short
+from ddptrain.overrides import override
 from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.screen import say
 from ddptrain.snapshot import CODE, copy_code
@@ -49,10 +49,7 @@ def script(config: Config, overrides: list[str], run: RunDirectory, code: Path) 
     """The batch script of a run whose code lies in ``code``."""
     slurm = config.slurm
     python = slurm.python or sys.executable
-    folder = str(run.path)
-    if not re.fullmatch(r"[\w/.:+<> -]+", folder):  # signs that Hydra would read as its own
-        folder = '"' + folder.replace('"', '\\"') + '"'
-    arguments = " ".join(map(quote, [*overrides, f"run.dir={folder}"]))
+    arguments = " ".join(map(quote, [*overrides, override("run.dir", run.path)]))
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(slurm, str(config.run.name), run)),

@@ -7,25 +7,25 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ddptrain.claim import LAUNCH_LOCK, launching
-from ddptrain.compose import compose, config_trees, hydra_arguments, parse, whole_sections
+from ddptrain.compose import config_trees, hydra_arguments, whole_sections
 from ddptrain.errors import EXIT_COMPLETED, Refused, Stopped, TrainingError
 from ddptrain.files import make_new
 from ddptrain.launch.allocation import Allocation
-from ddptrain.launch.trial import Outcome, run_trial
+from ddptrain.launch.combinations import check_values, in_order
+from ddptrain.launch.jobs import followed, refuse_queued
+from ddptrain.launch.trial import FOLDER, Outcome, run_trial
 from ddptrain.observe.result import short
+from ddptrain.overrides import override, parse
 
-FOLDER = "hydra.sweep.dir"
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 SEARCH = "hydra_plugins.ddptrain_optuna.OptunaSweeper"
 """Hydra's own sweeper, which needs no value of a trial, and ours, whose trials may be given up."""
@@ -39,46 +39,45 @@ def sweep(overrides: list[str]) -> int:
     without. One that fails does not keep the others from training; it is told at the end. A sweep
     that is given the folder of one that was interrupted goes on with it.
     """
-    _check_ranges(overrides)
-    _check_values(overrides)
+    overrides = in_order(overrides)
+    check_values(overrides)
     folder, rest = _folder(overrides)
-    again = f"ddptrain train --multirun {shlex.join([*rest, f'{FOLDER}={short(folder)}'])}"
+    where = override(FOLDER, short(folder))
+    again = f"ddptrain train --multirun {shlex.join([*rest, where])}"
     print(f"sweep {short(folder)}; to go on with it after an interruption:\n  {again}", flush=True)
     try:
         with launching(folder):
-            _hydra(rest, folder)
+            refuse_queued(folder)
+            lost = _run(rest, folder)
     except KeyboardInterrupt:
         print(_summary(folder))
         told = "the sweep was interrupted; a trial that was under way has saved"
         raise Stopped(f"{told}; to go on: {again}") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        with suppress(OSError):  # unless there was something before
-            (folder / LAUNCH_LOCK).unlink()
-            folder.rmdir()
-        raise Refused(" ".join(str(error).split())) from None
     print(_summary(folder))
-    if failed := [each for each in _outcomes(folder) if each.status == "failed"]:
+    if failed := [each.why for each in _outcomes(folder) if each.status == "failed"] + lost:
         count = f"{len(failed)} trial{'s' * (len(failed) > 1)} failed"
-        raise TrainingError(f"{count}: {'; '.join(each.why for each in failed)}")
+        raise TrainingError(f"{count}: {'; '.join(failed)}")
     return EXIT_COMPLETED
 
 
-def _check_ranges(overrides: list[str]) -> None:
-    """Refuse an interval that holds nothing, or has no logarithm."""
-    for override in parse(overrides):
-        value = override.value() if override.is_sweep_override() else None
-        if isinstance(value, IntervalSweep):
-            low, high = value.start or 0.0, value.end or 0.0
-            if low > high or (low <= 0 and "log" in value.tags):
-                raise Refused(
-                    f"{override.input_line}: expected an interval from a smaller to a larger "
-                    "number, both above 0 with tag(log, …)"
-                )
+def _run(overrides: list[str], folder: Path) -> list[str]:
+    """Run the trials; return what is to be told of those whose jobs were lost."""
+    with followed() as jobs:
+        try:
+            _hydra(overrides, folder)
+        except (HydraException, OmegaConfBaseException, Refused) as error:
+            with suppress(OSError):  # unless there is something else
+                (folder / LAUNCH_LOCK).unlink()
+                folder.rmdir()
+            raise Refused(" ".join(str(error).split())) from None
+        finally:
+            jobs.end()
+    return jobs.lost
 
 
 def _folder(overrides: list[str]) -> tuple[Path, list[str]]:
     """The sweep's folder, which is made if none is named, and the other overrides."""
-    if any(override.lstrip("+").startswith("run.dir=") for override in overrides):
+    if any(line.lstrip("+").startswith("run.dir=") for line in overrides):
         raise Refused(f"run.dir is of one run; {FOLDER}=… names the folder of a sweep")
     named = [line for line in overrides if line.lstrip("+").startswith(f"{FOLDER}=")]
     sweeps = Path("runs") / "sweeps"
@@ -88,16 +87,23 @@ def _folder(overrides: list[str]) -> tuple[Path, list[str]]:
     elif job is not None and job.is_batch:  # to come back to it, whatever starts the job again
         folder = (sweeps / f"slurm-{job.name}").absolute()
     else:
-        return make_new(sweeps), overrides
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder, [line for line in overrides if line not in named]
+        return make_new(_made(sweeps)), overrides
+    return _made(folder), [line for line in overrides if line not in named]
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{FOLDER}={folder}: {error.strerror}") from None
+    return folder
 
 
 def _hydra(overrides: list[str], folder: Path) -> None:
     """Have Hydra's sweeper and launcher run the trials, perhaps on other machines."""
     whole = whole_sections(overrides)
     alike = [line for line in parse(overrides) if not line.is_sweep_override()]
-    fixed = {str(override.key_or_group) for override in alike}
+    fixed = {str(line.key_or_group) for line in alike}
 
     @hydra.main(version_base="1.3", config_path=str(config_trees()[0]), config_name="config")
     def trial(_: DictConfig) -> float:
@@ -113,7 +119,7 @@ def _hydra(overrides: list[str], folder: Path) -> None:
         return math.nan if value is None else value
 
     own = [
-        f"{FOLDER}='{folder}'",
+        override(FOLDER, folder),
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra.job.chdir=false",
@@ -123,53 +129,6 @@ def _hydra(overrides: list[str], folder: Path) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it prints errors itself, and exits
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
     trial()
-
-
-def combination(overrides: list[str], number: int) -> list[str]:
-    """The overrides of one trial of a grid, counted as a sweep does: the last key changes fastest.
-
-    Raises ``Refused`` if there are not so many.
-    """
-    choices = [
-        _values(override) if override.is_discrete_sweep() else [str(override.input_line)]
-        for override in parse(overrides)
-    ]
-    count = math.prod(map(len, choices))
-    if not 0 <= number < count:
-        raise Refused(f"--trial {number}: there are {count} combinations, 0 to {count - 1}")
-    chosen = list(product(*choices))[number]
-    print(f"trial {number} of {count}: {' '.join(chosen)}", flush=True)
-    return list(chosen)
-
-
-def _values(override: Override) -> list[str]:
-    """An override for each of the values that one names; of an interval, for its ends."""
-    ends = override.value()
-    if isinstance(ends, IntervalSweep):
-        return [f"{override.get_key_element()}={end}" for end in (ends.start, ends.end)]
-    return [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
-
-
-def _check_values(overrides: list[str]) -> None:
-    """Refuse a sweep with a value that no trial can have, before the first trial trains."""
-    first, others = [], []
-    for override in parse(overrides):
-        line = str(override.input_line)
-        if line.lstrip("+").startswith("hydra"):
-            continue
-        if not override.is_sweep_override():
-            first.append([line])
-            continue
-        if not override.is_discrete_sweep() and not override.is_interval_sweep():
-            continue
-        values = _values(override)
-        first.append(values[:1])
-        others.append((len(first) - 1, values[1:]))
-    chosen = [line for lines in first for line in lines]
-    compose(chosen)
-    for place, values in others:
-        for value in values:
-            compose([*chosen[:place], value, *chosen[place + 1 :]])
 
 
 def _outcomes(folder: Path) -> list[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import time
@@ -11,13 +12,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ddptrain.claim import outwait
 from ddptrain.compose import compose
 from ddptrain.errors import EXIT_STOPPED, Refused, TrainingError
 from ddptrain.files import replace_text
 from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, heard
 from ddptrain.observe.loggers import read_json_lines
+from ddptrain.overrides import override
+from ddptrain.parent import OF_SWEEP
 from ddptrain.run_directory import RunDirectory
 
+FOLDER = "hydra.sweep.dir"
 OUTCOME = "trial.json"
 LOOK_SECONDS = 0.5
 """Between two looks at what a trial has evaluated."""
@@ -71,8 +76,8 @@ def run_trial(
     before = Outcome.read(run_dir)
     if before is not None and before.overrides != overrides:
         told = f"{folder} holds another sweep, in which trial {number} was: {before.told}"
-        raise Refused(f"{told}; name another hydra.sweep.dir")
-    plain = [override.lstrip("+") for override in overrides]
+        raise Refused(f"{told}; name another {FOLDER}")
+    plain = [line.lstrip("+") for line in overrides]
     told = " ".join(line for line in plain if line.partition("=")[0] not in fixed)
     if before is not None and before.status != "failed":
         print(f"\ntrial {number}: {told}: {before.status} before", flush=True)
@@ -93,13 +98,16 @@ def _train(
     run_dir: Path, told: str, overrides: list[str], judge: Judge | None
 ) -> tuple[str, float | None, str]:
     """Run it; its status, its metric and, if it failed, why."""
+    where = override("run.dir", run_dir)
     try:
-        metric = compose([*overrides, f"run.dir={run_dir}"]).checkpoint.metric
+        metric = compose([*overrides, where]).checkpoint.metric
     except TrainingError as error:
         return "failed", None, f"{told}: {error}"
     run = RunDirectory(run_dir)
+    outwait(run_dir)  # if a sweep was killed, what it was at saves, or is on a node that was lost
     with heard() as came:
-        process = subprocess.Popen([*DDPTRAIN, "train", *overrides, f"run.dir={run_dir}"])
+        command = [*DDPTRAIN, "train", *overrides, where]
+        process = subprocess.Popen(command, env=os.environ | {OF_SWEEP: str(os.getpid())})
         asked: signal.Signals | None = None
         is_pruned, look = False, 0.0
         try:

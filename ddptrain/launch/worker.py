@@ -28,8 +28,8 @@ from ddptrain.errors import (
 )
 from ddptrain.launch.agreement import (
     agree_on_code,
+    agree_on_config,
     agree_on_directory,
-    common,
     tell_of_beginning,
 )
 from ddptrain.launch.ending import example_of, result_of, where
@@ -132,8 +132,7 @@ class Attempt:
         ranks = Ranks(place, device, None)
         ranks.meet(meeting_seconds(config))
         agree_on_code(config, ranks)
-        remedy = "start all ranks with the same arguments"
-        ranks.agree(common(config), "was started with another config than", remedy)
+        agree_on_config(config, ranks)
         if config.launch.check:
             from ddptrain.launch.doctor import refuse_unfit
 

@@ -16,6 +16,8 @@ from ddptrain.place import Place
 STORE_TIMEOUT = timedelta(seconds=30)
 """For one request."""
 TRY_SECONDS, PAUSE_SECONDS = 3.0, 0.1
+NAME_SECONDS = 30.0
+"""So long the name of a machine that has just been started may take to be known."""
 
 
 def open_store(place: Place, seconds: float | None, first: bool = False) -> TCPStore:
@@ -48,12 +50,13 @@ def open_store(place: Place, seconds: float | None, first: bool = False) -> TCPS
 def _wait_for(host: str, port: int, seconds: float | None, who: str) -> None:
     """Wait until somebody listens there; torch would, too, but fill the screen meanwhile."""
     until = None if seconds is None else time.monotonic() + seconds
+    known_by = time.monotonic() + min(NAME_SECONDS, NAME_SECONDS if seconds is None else seconds)
     while True:
         try:
             socket.create_connection((host, port), TRY_SECONDS).close()
             return
         except socket.gaierror as error:
-            if error.errno == socket.EAI_NONAME:
+            if error.errno == socket.EAI_NONAME and time.monotonic() > known_by:
                 raise Refused(
                     f"MASTER_ADDR={host} does not resolve on {socket.gethostname()}; give the "
                     "numeric address of rank 0's machine"
