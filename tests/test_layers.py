@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "keys": set(),
     "files": set(),
-    "claim": {"errors", "files"},
+    "claim": {"errors", "files", "screen"},
     "screen": set(),
     "place": {"errors"},
     "generators": set(),

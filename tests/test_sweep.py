@@ -33,6 +33,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.samplers import QMCSampler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -359,8 +360,12 @@ def test_a_samplers_draws_come_from_the_number_of_the_trial() -> None:
         assert draws(target) == draws(target, seed=0) != draws(target, seed=1)
     space = {"a": [0.0, 1.0, 2.0, 3.0]}
     assert sorted(draws("GridSampler", search_space=space)) == space["a"]
-    quarters = [int(value) for value in draws("QMCSampler", seed=3, scramble=True)]
-    assert sorted(quarters) == [0, 1, 2, 3]
+    study = create_study(sampler=QMCSampler(seed=3, scramble=True))
+    for number in range(4):
+        study.ask({"a": FloatDistribution(0, 4)})
+        study.tell(number, 1.0)
+    in_sequence = [trial.params["a"] for trial in study.trials]
+    assert draws("QMCSampler", seed=3, scramble=True) == in_sequence
 
 
 @pytest.mark.parametrize(

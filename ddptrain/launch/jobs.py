@@ -138,7 +138,7 @@ def followed() -> Iterator[Jobs]:
         def map_array(self, *arguments: Any, **settings: Any) -> list[Job[Any]]:
             try:
                 return jobs.follow(super().map_array(*arguments, **settings))
-            except FailedSubmissionError as error:
+            except (FailedSubmissionError, FailedJobError) as error:  # the second is of sbatch
                 raise Refused(f"hydra/launcher: {' '.join(str(error).split())}") from None
 
     setattr(submitit, plain.__name__, Executor)

@@ -24,7 +24,7 @@ VISIBLE_SECONDS = 3.0
 """Network file systems may keep the list of a folder for so long; most keep it for less."""
 SIZES = (1 << 12, 1 << 20, 1 << 24, 1 << 26)
 """Bytes: a few statistics, a small bucket, DDP's bucket, a large one."""
-SIZE_SECONDS, LEAST, MOST = 1.0, 3, 50
+SIZE_SECONDS, MOST = 1.0, 50
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def all_reduce(ranks: Ranks, seconds: float) -> dict[int, float]:
     """
     found: dict[int, float] = {}
     until = time.monotonic() + seconds
-    for size in SIZES:
-        expected = max((size / known * found[known] for known in found), default=0.0)
-        if ranks.gather((LEAST + 2) * expected > until - time.monotonic())[0]:
+    for last, size in zip((0, *SIZES), SIZES, strict=False):
+        # What takes the smallest is on the way, whatever the link carries.
+        expected = found.get(last, 0.0) * (size / last if last > SIZES[0] else 1)
+        if ranks.gather(2 * expected > until - time.monotonic())[0]:
             break
         buffer = torch.zeros(size // 4, device=ranks.device)
         _timed(buffer)
-        rounds = min(max(int(SIZE_SECONDS / ranks.from_first(_timed(buffer))), LEAST), MOST)
+        rounds = min(max(int(SIZE_SECONDS / ranks.gather(_timed(buffer))[0]), 1), MOST)
         found[size] = sorted(_timed(buffer) for _ in range(rounds))[rounds // 2]
     return found
 
