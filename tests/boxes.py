@@ -36,10 +36,14 @@ def unavailable() -> str:
 
 
 class Boxes:
-    """Three machines and a switch; ``set_cable`` pulls a cable, or plugs it in again."""
+    """Three machines and a switch; ``set_cable`` pulls a cable, or plugs it in again.
 
-    def __init__(self, folder: Path) -> None:
+    Their addresses are ``network`` with a number from 1 on after it.
+    """
+
+    def __init__(self, folder: Path, network: str = "10.214.0.") -> None:
         self.folder = folder
+        self.addresses = [f"{network}{number + 1}" for number in range(3)]
         self.spaces = [f"b{os.getpid()}-{number}" for number in range(3)]
         self.switch = f"b{os.getpid()}-s"
         self.started: list[Box] = []
@@ -55,7 +59,8 @@ class Boxes:
                 ip("link", "add", "cable", "netns", space, "type", "veth",
                    "peer", "name", f"port{number}", "netns", self.switch)  # fmt: skip
                 ip("-n", self.switch, "link", "set", f"port{number}", "master", "bridge", "up")
-                ip("-n", space, "address", "add", f"10.214.0.{number + 1}/24", "dev", "cable")
+                address = f"{self.addresses[number]}/{64 if ':' in self.addresses[0] else 24}"
+                ip("-n", space, "address", "add", address, "dev", "cable", "nodad")
                 ip("-n", space, "link", "set", "cable", "up")
             yield
         finally:
@@ -73,7 +78,7 @@ class Boxes:
         memory.mkdir(exist_ok=True)
         space = self.spaces[number]
         enter = ["ip", "netns", "exec", space, "unshare", "--mount", "--uts", "sh", "-c", ENTER]
-        command = [*enter, str(memory), f"box{number}", str(SCRIPT), "10.214.0.1"]
+        command = [*enter, str(memory), f"box{number}", str(SCRIPT), self.addresses[0]]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         variables = environment() | {"NODES": nodes, "WAIT": "2", "PATH": path}
         variables["HIDDEN"] = str(hidden or "")
@@ -88,6 +93,12 @@ class Boxes:
 
     def set_cable(self, number: int, state: str) -> None:
         ip("-n", self.switch, "link", "set", f"port{number}", state)
+
+    def slow_down(self, number: int, rate: str) -> None:
+        """Let a machine send so much a second at most, such as 10mbit."""
+        limit = ("tbf", "rate", rate, "burst", "64k", "latency", "400ms")
+        command = ["tc", "-n", self.spaces[number], "qdisc", "add", "dev", "cable", "root", *limit]
+        subprocess.run(command, check=True, capture_output=True)
 
     def part(self, *numbers: int) -> None:
         """Let these machines reach the others only, and not each other."""

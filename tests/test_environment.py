@@ -96,8 +96,9 @@ def test_a_rank_that_does_not_come_is_named_on_those_that_did(project: Path) -> 
         assert "launch.timeout" in told
 
 
-def test_a_name_that_does_not_resolve_is_refused_at_once(project: Path) -> None:
-    ((code, told),) = end_of([project], [by_hand(1, 2, free_port(), "nowhere.invalid")])
+def test_a_name_that_does_not_resolve_in_time_is_refused(project: Path) -> None:
+    somewhere = by_hand(1, 2, free_port(), "nowhere.invalid")
+    ((code, told),) = end_of([project], [somewhere], [["launch.timeout=1"]])
     assert code == 2
     assert "MASTER_ADDR=nowhere.invalid does not resolve" in only_line(told)
 

@@ -234,7 +234,7 @@ def judge_speed(machines: list[Machine], taken: dict[int, float]) -> list[Findin
         f"{decimal(size)} in {taken[size] * 1e3:.2f} ms, {decimal(int(speeds[size]))}/s"
         for size in taken
     )
-    if left_out := [decimal(size) for size in SIZES if size not in taken]:
+    if left_out := [decimal(size) for size in SIZES if size > max(taken)]:
         told += f"; {' and '.join(left_out)} would take too long"
         remedy = "a step waits for its gradients: take a faster link, or name it (launch.interface)"
         return [_warning("all-reduce", told, remedy)]
