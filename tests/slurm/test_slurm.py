@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import LIVING, Cluster, missing_binaries, wait_until
+from cluster import LIMIT_SECONDS, LIVING, Cluster, missing_binaries, wait_until
 
 PROJECT = Path(__file__).parents[1] / "project"
 SCRIPTS = Path(__file__).parents[2] / "slurm"
@@ -292,6 +294,63 @@ def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_pa
     result = json.loads((project / "mine" / "1" / "result.json").read_text())
     assert (result["world_size"], result["metrics"]["val/loss"]) == (2, trials[1]["value"])
     assert "1 trial failed: data.train.fail_at=17 exited 1" in done.stderr
+
+
+def test_jobs_of_a_sweep_end_with_it_and_one_that_is_lost_has_failed(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    """A sweep that was killed leaves its jobs, and is not started again before they are over."""
+    project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
+    sweep = [*TRAIN[:4], "--multirun", "hydra/launcher=submitit_slurm", "hydra.sweep.dir=mine"]
+    sweep += ["experiment=ragged", "train.max_steps=100", "data.train.seconds=0.01", "seed=1,2"]
+    sweep += ["log.tensorboard=false", "checkpoint.keep_best=0", "log.every_steps=1"]
+    sweep += ["eval.every_steps=null"]
+    metrics = [project / "mine" / number / "metrics.jsonl" for number in "01"]
+
+    def steps() -> list[int]:
+        return [len(each.read_text().splitlines()) if each.exists() else 0 for each in metrics]
+
+    def start() -> subprocess.Popen[str]:
+        before = steps()
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        driver = subprocess.Popen(
+            sweep, cwd=project, env=slurm.environment, text=True, **pipes, start_new_session=True
+        )
+        wait_until(
+            lambda: all(now > old for now, old in zip(steps(), before, strict=True)), "steps"
+        )
+        return driver
+
+    def jobs() -> list[str]:
+        return slurm.run(None, "squeue", "--noheader", "--array", "--format=%i").stdout.split()
+
+    driver = start()
+    driver.kill()
+    driver.communicate()
+    left = sorted(jobs())
+    done = slurm.run(project, *sweep)
+    assert done.returncode == 2
+    assert f"still queued or running ({' '.join(left)})" in done.stderr
+    assert done.stderr.strip().endswith(f"or end them: scancel {' '.join(left)}")
+    slurm.run(None, "scancel", *left)
+    wait_until(lambda: not jobs(), "the end of the jobs")
+
+    driver = start()
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=LIMIT_SECONDS)
+    assert driver.returncode == 75, err
+    assert not jobs()
+    results = [json.loads((each.parent / "result.json").read_text()) for each in metrics]
+    assert [each["status"] for each in results] == ["stopped"] * 2
+
+    driver = start()
+    (lost,) = (job for job in jobs() if job.endswith("_1"))
+    slurm.run(None, "scancel", "--signal=KILL", lost)
+    out, err = driver.communicate(timeout=LIMIT_SECONDS)
+    assert driver.returncode == 1, err
+    assert f"trial 1: its job {lost} ended without a result (" in err.splitlines()[-1]
+    trial = json.loads((project / "mine" / "0" / "trial.json").read_text())
+    assert (trial["status"], steps()[0]) == ("completed", 100), out
 
 
 def test_a_sweep_in_a_job_comes_back_to_its_trials(slurm: Cluster, tmp_path: Path) -> None:
