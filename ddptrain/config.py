@@ -143,6 +143,7 @@ class LaunchConfig:
     nproc_per_node: str = MISSING
     max_restarts: int | None = MISSING
     interface: str | None = MISSING
+    bind_cpus: bool = MISSING
     timeout: float | None = MISSING
     check: bool = MISSING
 
@@ -271,14 +272,10 @@ def _check_evaluation(config: Config) -> None:
 
 def check_world_size(config: Config, world_size: int) -> None:
     """Refuse more ranks than a step has micro-batches: some would never have work."""
-    train = config.train
-    micro_batches = train.global_batch_size // train.micro_batch_size
+    train, size = config.train, config.train.global_batch_size
+    micro_batches = size // train.micro_batch_size
     if world_size > micro_batches:
-        fitting = [
-            d
-            for d in _divisors(train.global_batch_size)
-            if train.global_batch_size // d >= world_size
-        ]
+        fitting = [d for d in _divisors(size) if size // d >= world_size]
         remedy = (
             f"train.micro_batch_size={max(fitting)} or less would do"
             if fitting
@@ -286,7 +283,7 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
         raise Refused(
             f"{world_size} ranks share {_count(micro_batches, 'micro-batch', 'es')} a step "
-            f"(train.global_batch_size={train.global_batch_size} / train.micro_batch_size="
+            f"(train.global_batch_size={size} / train.micro_batch_size="
             f"{train.micro_batch_size}), so some would have no work; start at most "
             f"{_count(micro_batches, 'rank')}, or {remedy}"
         )

@@ -192,7 +192,7 @@ def _start(
 
 def _variables(rank: int, ranks: int, port: int, identity: str) -> dict[str, str]:
     """What torchrun sets."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     here = {f"{kind}RANK": str(rank) for kind in ("", "LOCAL_", "ROLE_")}
     all_of_them = {f"{kind}WORLD_SIZE": str(ranks) for kind in ("", "LOCAL_", "ROLE_")}
     return {

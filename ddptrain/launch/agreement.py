@@ -69,7 +69,7 @@ def _targets(node: object) -> Iterator[str]:
 def common(config: Config) -> dict[str, Any]:
     """What must be alike on all ranks: more than is computed, for logging is a collective too."""
     own = ("run.", "launch.nproc_per_node", "launch.max_restarts", "launch.interface",
-           "launch.timeout", "data.workers")  # fmt: skip
+           "launch.timeout", "launch.bind_cpus", "data.workers")  # fmt: skip
     return {k: v for k, v in flatten(to_plain(config)).items() if not k.startswith(own)}
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from ddptrain.config import Config, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, Refused
 from ddptrain.launch.agreement import agree_on_code, agree_on_config, import_targets
+from ddptrain.launch.binding import bind_cpus
 from ddptrain.launch.findings import Finding, State, judge, judge_speed
 from ddptrain.launch.machine import Machine
 from ddptrain.launch.patience import MEETING_SECONDS
@@ -40,6 +41,8 @@ def doctor(config: Config, place: Place) -> int:
     ranks.meet(config.launch.timeout or MEETING_SECONDS)
     machines, findings = examine(ranks, config)
     findings += _try_code(ranks, config)
+    if config.launch.bind_cpus:
+        bind_cpus(place, device)
     parted = any(each.check in ("network", "versions") for each in failed(findings))
     if ranks.world_size > 1 and not parted:
         findings += _try_adding(ranks, machines, findings)

@@ -32,6 +32,7 @@ from ddptrain.launch.agreement import (
     agree_on_directory,
     tell_of_beginning,
 )
+from ddptrain.launch.binding import bind_cpus
 from ddptrain.launch.ending import example_of, result_of, where
 from ddptrain.launch.patience import meeting_seconds
 from ddptrain.loop import Trainer
@@ -144,6 +145,8 @@ class Attempt:
         ranks.join(_timeout(hang_seconds))
         self.run, self.claim = agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
+        if config.launch.bind_cpus:
+            bind_cpus(place, device)
         Crashes(self.run.crashes).refuse_loop()
         self.ranks = ranks
         return ranks

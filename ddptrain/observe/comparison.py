@@ -20,7 +20,7 @@ from ddptrain.run_directory import RunDirectory
 WHERE_IT_LIES = (
     "run.", "checkpoint.dir", "launch.interface", "slurm.account", "slurm.partition", "slurm.qos",
     "slurm.time", "slurm.memory", "slurm.sbatch", "slurm.srun", "slurm.setup", "slurm.python",
-    "slurm.interface", "launch.timeout", "launch.check",
+    "slurm.interface", "launch.timeout", "launch.check", "launch.bind_cpus",
 )  # fmt: skip
 """Keys that begin so say where a run lies or which machines take it: no reason for its metrics."""
 EXPECTED = "expected a run's directory (with a config.yaml), or a folder with runs below it"
