@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 
-from ddptrain.parent import OF_SWEEP, end_with_parent
+from ddptrain.parent import end_with_parent, end_with_sweep
 
-if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
-    end_with_parent(signal.SIGKILL)  # until it can heed a gentler signal: imports take a second
-elif __name__ == "__main__" and (sweep := os.environ.pop(OF_SWEEP, None)):
-    end_with_parent(signal.SIGTERM, int(sweep))
+if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGKILL)  # until it can heed a gentler signal: imports take a second
+    end_with_sweep()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which prints no traceback of imports
 
 from ddptrain.cli import main
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED
@@ -29,6 +31,8 @@ def run_command() -> int | str | None:
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     atexit.register(lambda: leave_now(code if isinstance(code, int) else EXIT_FAILED))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         result: int | str | None = main()
     except SystemExit as asked:  # of argparse

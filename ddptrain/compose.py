@@ -68,6 +68,19 @@ def compose(overrides: list[str]) -> Config:
     return config
 
 
+def hydra_settings(overrides: list[str]) -> DictConfig:
+    """Hydra's own settings of a sweep, such as its sweeper's. Raises ``Refused``."""
+    make_importable()
+    alike = [str(o.input_line) for o in parse(overrides) if not o.is_sweep_override()]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_trees()[0]), version_base="1.3"):
+            composed = hydra_compose("config", hydra_arguments(alike, sweep=True), True)
+            return cast("DictConfig", composed.hydra)
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise _refusal(error, experiment_of(overrides)) from None
+
+
 def hydra_arguments(overrides: list[str], sweep: bool = False) -> list[str]:
     """Overrides as Hydra is to get them: any key is let through, for the schema to judge."""
     trees = config_trees()
@@ -264,6 +277,8 @@ def _refusal(error: Exception, experiment: str = "?") -> Refused:
     if isinstance(error, OmegaConfBaseException):
         message = _first_line(error)
         key = error.full_key
+        if message.endswith("is not in struct"):
+            return Refused(f"unknown key {key}")
         if enum := re.search(r"Invalid value '(.+?)', expected one of \[(.+)\]", message):
             return Refused(f"{key}: expected one of {enum[2].lower()}, got {enum[1]!r}")
         if conversion := re.search(

@@ -9,9 +9,19 @@ import sys
 
 PR_SET_PDEATHSIG = 1
 OF_SWEEP = "DDPTRAIN_OF_SWEEP"
-"""The variable that tells a trial which process runs its sweep, and ends it."""
+"""The variable that tells a trial which process runs it, and ends it."""
+sweep: int | None = None
+"""That process, if this one is a trial."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Those that ask a run to stop, and come to its whole process group: a child leaves them to it."""
+
+
+def end_with_sweep() -> None:
+    """Have a trial be told to stop when what runs it is gone; who goes on waits until it has."""
+    global sweep
+    if told := os.environ.pop(OF_SWEEP, None):
+        sweep = int(told)
+        end_with_parent(signal.SIGTERM, sweep)
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:

@@ -26,6 +26,7 @@ from launching import (
     start,
     tree,
 )
+from omegaconf import DictConfig
 from optuna import create_study
 from optuna.distributions import (
     BaseDistribution,
@@ -37,6 +38,8 @@ from optuna.samplers import QMCSampler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from ddptrain.errors import Refused
+from ddptrain.launch.combinations import check_values, in_order, ranges
 from ddptrain.launch.study import _sampler as sampler
 from ddptrain.launch.study import _tell as tell
 from ddptrain.launch.study import distribution
@@ -127,8 +130,18 @@ def test_a_sweep_passes_on_what_leaves_a_section_out(project: Path) -> None:
         (["optim.lr=0.1,0.2", "run.dir=here"], "run.dir is of one run; hydra.sweep.dir=…"),
         (["hydra/sweeper=optuna", "optim.lr=tag(log,interval(0,1))"], "expected an interval from"),
         (["optim.lr=interval(0.1,0.2)"], "does not support sweep type : INTERVAL_SWEEP"),
-        (["hydra/sweeper=optunna", "seed=1,2"], "Could not find 'hydra/sweeper/optunna'"),
-        ([*SEARCH, "hydra.sweeper.trials=2"], "Could not override 'hydra.sweeper.trials'"),
+        (["hydra/sweeper=optunna", "seed=1,2"], "hydra/sweeper=optunna: no such option; did you"),
+        (["seed=range(1,5,0)"], "seed=range(1,5,0): expected a range with something in it"),
+        (["experiment=glob(nothing*)"], "experiment=glob(nothing*): experiment has "),
+        (["seed=1,2", "hydra.sweep.dir=a,b"], "hydra.sweep.dir=a,b: expected the name of a"),
+        ([*SEARCH, "hydra/sweeper/sampler=null"], "Config group override must be a string"),
+        ([*SEARCH, "hydra.sweeper.params=[a]"], "hydra.sweeper.params: expected ranges by key"),
+        ([*SEARCH, "hydra.sweeper.params={optimm.lr:'0.1,0.2'}"], "unknown key optimm; did you"),
+        (
+            ["hydra/launcher=submitit_local", "hydra.launcher.nodes=2", "seed=1,2"],
+            "hydra/launcher: LocalExecutor can use only one node",
+        ),
+        ([*SEARCH, "hydra.sweeper.trials=2"], "unknown key hydra.sweeper.trials"),
         (["seed=range(5,1)"], "seed=range(5,1): expected a range with something in it"),
         (["seed=1,2", "hydra.sweep.dir=/proc/here"], "hydra.sweep.dir=/proc/here: "),
         ([*SEARCH, "hydra.sweeper.direction=max"], "direction: expected maximize or minimize, got"),
@@ -164,6 +177,39 @@ def test_a_trial_outlives_no_sweep_and_is_gone_on_with_at_once(project: Path) ->
     assert steps == sorted(set(steps)), "the trial of the killed sweep saved what it had done"
 
 
+@pytest.mark.parametrize("ending", ["Ctrl-C", "SIGTERM", "SIGKILL", "time"])
+def test_jobs_on_this_machine_end_with_their_sweep(project: Path, ending: str) -> None:
+    slow = [*QUICK, "data.train.seconds=0.02", "train.max_steps=1000", "seed=1,2"]
+    local = ["hydra/launcher=submitit_local", "hydra.sweep.dir=runs/mine"]
+    if ending == "time":
+        local += ["hydra.launcher.timeout_min=1", "+hydra.launcher.max_num_timeout=0"]
+    sweep = start([*SWEEP, *slow, *local], project)
+    trials = [project / "runs" / "mine" / number for number in "01"]
+    for trial in trials:
+        wait_for(trial / "metrics.jsonl", sweep)
+    started = tree(sweep.pid)[1:]
+    if ending == "Ctrl-C":
+        os.killpg(sweep.pid, signal.SIGINT)
+    elif ending == "time":  # is told so
+        for job in [each for each in started if "submitit.core" in command_of(each)]:
+            os.kill(job, signal.SIGUSR2)
+    else:
+        sweep.send_signal(getattr(signal, ending))
+    _, err = sweep.communicate(timeout=LIMIT_SECONDS)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while left := [process for process in started if Path(f"/proc/{process}").exists()]:
+        assert ending == "SIGKILL", left
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert sweep.returncode == {"SIGKILL": -9, "time": 1}.get(ending, 75), err
+    assert "Traceback" not in err
+    assert [read_result(trial)["status"] for trial in trials] == ["stopped"] * 2
+    failed = ["failed"] * 2 if ending == "time" else []
+    assert [each["status"] for each in outcomes(trials[0].parent)] == failed
+    if ending == "time":
+        assert "trial 0: its job's time was up before it was done: give it more (hy" in err
+
+
 def test_jobs_of_a_sweep_that_are_lost_are_failed_trials(project: Path) -> None:
     """Two at a time: of the first two one's process is killed, as a node may be that has it."""
     slow = [*QUICK, "data.train.seconds=0.02", "hydra/launcher=submitit_local", "seed=1,2"]
@@ -180,16 +226,19 @@ def test_jobs_of_a_sweep_that_are_lost_are_failed_trials(project: Path) -> None:
     told = r"trial 1: its job \d+ ended without a result \(FINISHED\); see .*log\.out"
     assert re.search(told, out)
     assert re.search(f"ddptrain: 1 trial failed: {told}$", err.splitlines()[-1])
-    assert [(each["number"], each["status"]) for each in outcomes(folder)] == [
-        (number, "completed") for number in (0, 2, 3)
-    ]
+    ended = ["completed", "failed", "completed", "completed"]
+    assert [each["status"] for each in outcomes(folder)] == ended
 
 
 def _is_job_of(process: int, run_dir: Path) -> bool:
     """Whether a process is submitit's, and has started a trial."""
-    children = [Path(f"/proc/{child}/cmdline").read_text() for child in tree(process)[1:2]]
-    own = Path(f"/proc/{process}/cmdline").read_text()
-    return "submitit.core" in own and any(f"run.dir={run_dir}\0" in line for line in children)
+    children = [command_of(child) for child in tree(process)[1:2]]
+    is_job = "submitit.core" in command_of(process)
+    return is_job and any(f"run.dir={run_dir}\0" in line for line in children)
+
+
+def command_of(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -247,6 +296,12 @@ def test_a_search_that_was_killed_has_the_trials_that_it_would_have_had(project:
     assert restarts == [0, 0, 1, 0]
     other = [*killed[:-1], "optim.lr=interval(0.1,1)", "hydra.sweeper.n_trials=5", killed[-1]]
     assert "holds another search" in run(other, project).stderr
+    for others in (["optim.betas=[0.5,0.9]"], ["optim.weight_decay=0,1"]):
+        refused = run([*killed, *others], project)
+        assert refused.returncode == 2
+        assert "holds another search, of " in refused.stderr
+    more = [*killed, "hydra.sweeper.n_trials=4", "launch.nproc_per_node=2", "log.every_steps=2"]
+    ended_well(run(more, project))
     best = yaml.safe_load((project / "runs" / "killed" / "best.yaml").read_text())
     assert best["value"] == min(each["value"] for each in clean)
     assert 1e-4 <= best["params"]["optim.lr"] <= 1e-1
@@ -344,6 +399,29 @@ def test_shuffled_trials_have_their_order_for_good(project: Path) -> None:
     )
 
 
+def test_a_value_is_refused_if_no_trial_can_have_it() -> None:
+    batch = ["train.global_batch_size=8,64", "train.micro_batch_size=64,8"]
+    check_values(["experiment=digits", *batch])
+    with pytest.raises(Refused, match="micro_batch_size"):
+        check_values(["experiment=digits", "train.global_batch_size=8,64", batch[1] + ",5"])
+    with pytest.raises(Refused, match="expected a number above 0"):
+        check_values(["experiment=digits", f"train.max_steps={','.join(map(str, range(100)))}"])
+
+
+def test_globs_and_a_sweepers_own_ranges_are_overrides() -> None:
+    (line,) = in_order(["experiment=glob([b*,d*],exclude=diabetes)"])
+    assert line == "experiment=breast_cancer,digits"
+    assert in_order(["a=1,2", "b=1", "a=3", "b=2", "c=4", "c=5,6"]) == [
+        "b=1",
+        "a=3",
+        "b=2",
+        "c=5,6",
+    ]
+    sweeper = {"params": {"optim.lr": "interval(0,1)", "seed": "1,2"}}
+    settings = DictConfig({"sweeper": sweeper})
+    assert ranges(settings, ["seed=5"]) == ["optim.lr=interval(0,1)"]
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_samplers_draws_come_from_the_number_of_the_trial() -> None:
     """Also of one's own; but for those that draw from one sequence for all trials."""
@@ -378,6 +456,7 @@ def test_a_samplers_draws_come_from_the_number_of_the_trial() -> None:
         ("a=range(1,10,3)", IntDistribution(1, 7, step=3)),
         ("a=range(10,1,-3)", IntDistribution(4, 10, step=3)),
         ("a=range(2,10,4)", IntDistribution(2, 6, step=4)),
+        ("a=range(0,1.1,0.1)", FloatDistribution(0, 1.1, step=0.1)),
         ("a=range(0.5,2,0.5)", FloatDistribution(0.5, 1.5, step=0.5)),
         ("a=x,null,3", CategoricalDistribution(["x", "null", "3"])),
     ],

@@ -27,6 +27,11 @@ def agree_on_code(config: Config, ranks: Ranks) -> None:
         return
     ranks.agree(versions(), "has other versions than", "install the same on all nodes")
     import_targets(config)  # who builds one that cannot be imported says what is wrong
+    agree_on_loaded(ranks)
+
+
+def agree_on_loaded(ranks: Ranks) -> None:
+    """Refuse ranks that have other code in the modules that they have both imported."""
     remedy = "start all ranks from copies of one folder that are alike"
     ranks.agree(loaded_code(), "runs other code than", remedy, shared_only=True)
 
@@ -46,9 +51,10 @@ def import_targets(config: Config) -> list[str]:
             try:
                 import_module(".".join(parts))
                 break
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 is_class = isinstance(error, ModuleNotFoundError) and error.name == ".".join(parts)
-                why = why or ("" if is_class else f"{name}: {type(error).__name__}: {error}")
+                told = " ".join(str(error).split())
+                why = why or ("" if is_class else f"{name}: {type(error).__name__}: {told}")
             parts.pop()
         if why or not parts:
             wrong.append(why or f"{name}: there is no module {name.split('.')[0]}")

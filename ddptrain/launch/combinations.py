@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from contextlib import suppress
+from itertools import islice, product
 from random import Random
+from typing import Any, cast
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig, OmegaConf
 
-from ddptrain.compose import compose
+from ddptrain.compose import compose, options
 from ddptrain.errors import Refused
 from ddptrain.overrides import parse
 
+TRIES, MANY = 8, 8
+
+
+def ranges(settings: DictConfig, overrides: list[str]) -> list[str]:
+    """The overrides in ``hydra.sweeper.params``, but for keys that the command line names."""
+    sweeper = cast("dict[str, Any]", OmegaConf.to_container(settings.sweeper))
+    params = sweeper.get("params") or {}
+    if not isinstance(params, dict):
+        raise Refused("hydra.sweeper.params: expected ranges by key, {optim.lr: 'interval(0,1)'}")
+    named = {str(given.key_or_group) for given in parse(overrides)}
+    return [f"{key}={value}" for key, value in params.items() if str(key) not in named]
+
 
 def in_order(overrides: list[str]) -> list[str]:
-    """With shuffled values spelt out, in an order that is the same whenever a sweep goes on.
+    """With shuffled values and globs spelt out, in an order that is the same whenever it goes on.
 
-    Raises ``Refused`` on a range that holds nothing.
+    Of a key that has values twice the last ones hold. Raises ``Refused`` on a range that holds
+    nothing.
     """
     _check_ranges(overrides)
+    given = parse(overrides)
+    last = {str(each.key_or_group): each for each in given}
     lines = []
-    for each in parse(overrides):
-        value, line = each.value(), str(each.input_line)
-        if isinstance(value, ChoiceSweep | RangeSweep) and value.shuffle:
+    for each in given:
+        value, line, key = each.value(), str(each.input_line), str(each.key_or_group)
+        is_sweep = each.is_sweep_override() or last[key].is_sweep_override()
+        if each is not last[key] and is_sweep:
+            continue
+        if isinstance(value, Glob):
+            if not (names := value.filter(options(key))):
+                raise Refused(f"{line}: {key} has {', '.join(options(key)) or 'no options'}")
+            line = f"{line.partition('=')[0]}={','.join(names)}"
+        elif isinstance(value, ChoiceSweep | RangeSweep) and value.shuffle:
             value.shuffle = False
             values = list(each.sweep_string_iterator())
             Random(line).shuffle(values)
@@ -32,25 +57,36 @@ def in_order(overrides: list[str]) -> list[str]:
 
 
 def check_values(overrides: list[str]) -> None:
-    """Refuse a sweep with a value that no trial can have, before the first trial trains."""
-    first, others = [], []
-    for given in parse(overrides):
-        line = str(given.input_line)
-        if line.lstrip("+").startswith("hydra"):
-            continue
-        if not given.is_sweep_override():
-            first.append([line])
-            continue
-        if not given.is_discrete_sweep() and not given.is_interval_sweep():
-            continue
-        values = _telling(given)
-        first.append(values[:1])
-        others.append((len(first) - 1, values[1:]))
-    chosen = [line for lines in first for line in lines]
-    compose(chosen)
-    for place, values in others:
+    """Refuse a sweep with a value that no trial can have, before the first trial trains.
+
+    That is one which is refused with the first few combinations of the other keys' values.
+    """
+    choices = [
+        _telling(given) if given.is_sweep_override() else [str(given.input_line)]
+        for given in parse(overrides)
+        if not str(given.key_or_group).startswith("hydra")
+    ]
+    problems: dict[tuple[str, ...], Refused | None] = {}
+
+    def problem(combination: tuple[str, ...]) -> Refused | None:
+        if combination not in problems:
+            try:
+                problems[combination] = None
+                compose(list(combination))
+            except Refused as error:
+                problems[combination] = error
+        return problems[combination]
+
+    for place, values in enumerate(choices or [[]]):
         for value in values:
-            compose([*chosen[:place], value, *chosen[place + 1 :]])
+            others = [*choices[:place], [value], *choices[place + 1 :]]
+            found = []
+            for combination in islice(product(*others), TRIES):
+                if (error := problem(combination)) is None:
+                    break
+                found.append(error)
+            else:
+                raise found[0]
 
 
 def combination(overrides: list[str], number: int) -> list[str]:
@@ -71,14 +107,18 @@ def combination(overrides: list[str], number: int) -> list[str]:
 
 
 def _check_ranges(overrides: list[str]) -> None:
-    """Refuse a range or an interval that holds nothing, or has no logarithm."""
+    """Refuse a range or an interval that holds nothing, or has no end, or no logarithm."""
     for given in parse(overrides):
         value = given.value() if given.is_sweep_override() else None
-        if isinstance(value, RangeSweep) and not any(True for _ in value.range()):
-            raise Refused(f"{given.input_line}: expected a range with something in it")
+        if isinstance(value, RangeSweep):
+            bounds = (value.start, value.stop, value.step)
+            is_range = all(math.isfinite(n or 0) for n in bounds) and value.step != 0
+            if not is_range or not any(True for _ in value.range()):
+                raise Refused(f"{given.input_line}: expected a range with something in it")
         if isinstance(value, IntervalSweep):
             low, high = value.start or 0.0, value.end or 0.0
-            if low > high or (low <= 0 and "log" in value.tags):
+            is_interval = math.isfinite(low) and math.isfinite(high) and low <= high
+            if not is_interval or (low <= 0 and "log" in value.tags):
                 raise Refused(
                     f"{given.input_line}: expected an interval from a smaller to a larger "
                     "number, both above 0 with tag(log, …)"
@@ -91,9 +131,18 @@ def _values(given: Override) -> list[str]:
 
 
 def _telling(given: Override) -> list[str]:
-    """Of an override's values those of which one is wrong if any is: the ends of a range."""
+    """Some of an override's values: those of which one is wrong, as a rule, if any is.
+
+    Of a range, and of many numbers, those are the ends.
+    """
     value = given.value()
     if isinstance(value, IntervalSweep):
         return [f"{given.get_key_element()}={end}" for end in (value.start, value.end)]
     values = _values(given)
-    return [values[0], values[-1]] if isinstance(value, RangeSweep) else values
+    if isinstance(value, RangeSweep):
+        return list(dict.fromkeys([values[0], values[-1]]))
+    if len(values) > MANY:
+        with suppress(ValueError):  # not all are numbers
+            by_size = sorted(values, key=lambda line: float(line.partition("=")[2]))
+            return [by_size[0], by_size[-1]]
+    return values

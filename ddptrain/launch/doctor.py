@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from ddptrain.config import Config, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, Refused
-from ddptrain.launch.agreement import agree_on_code, agree_on_config, import_targets
+from ddptrain.launch.agreement import agree_on_config, agree_on_loaded, import_targets
 from ddptrain.launch.binding import bind_cpus
 from ddptrain.launch.findings import Finding, State, judge, judge_speed
 from ddptrain.launch.machine import Machine
@@ -84,15 +86,16 @@ def _try_code(ranks: Ranks, config: Config) -> list[Finding]:
             where = f"{ranks.name_of(rank)}: {'; '.join(problems)}"
             remedy = "install what is missing, or start where the code lies"
             found.append(Finding("code", State.failed, where, remedy))
-    for check, agree in (("code", agree_on_code), ("config", agree_on_config)):
+    agreements: dict[str, Callable[[Ranks], None]]
+    agreements = {"code": agree_on_loaded, "config": partial(agree_on_config, config)}
+    for check, agree in agreements.items() if ranks.world_size > 1 else ():
         try:
-            agree(config, ranks)
+            agree(ranks)
         except Refused as error:
             told, _, remedy = str(error).rpartition("; ")
             found.append(Finding(check, State.failed, told, remedy))
-    return found or [
-        Finding("code", State.ok, "imported, and the same on all ranks, as the config")
-    ]
+    alike = ", and the same on all ranks, as the config" if ranks.world_size > 1 else ""
+    return found or [Finding("code", State.ok, f"imported{alike}")]
 
 
 def _try_adding(ranks: Ranks, machines: list[Machine], so_far: list[Finding]) -> list[Finding]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ import submitit
 from hydra.core.utils import JobReturn, JobStatus
 from submitit.core.core import Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.local.local import LocalJob
 from submitit.slurm.slurm import SlurmJob
 
 from ddptrain.errors import Refused
@@ -29,6 +33,12 @@ FOLDER = ".submitit"
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
          "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 """States of Slurm in which a job is over, if it is not started again."""
+TIMED_OUT = (
+    "its job's time was up before it was done: give it more (hydra.launcher.timeout_min), or let "
+    "it go on more often (hydra.launcher.max_num_timeout)"
+)
+Lost = Callable[[int, list[str], str], None]
+"""Is told the number of a trial that left no result, its overrides, and why."""
 
 
 def states() -> dict[str, str] | None:
@@ -55,10 +65,10 @@ def refuse_queued(folder: Path) -> None:
 
 @dataclass
 class Jobs:
-    """Those that a sweep has started; ``lost`` tells of the ones that left no result."""
+    """Those that a sweep has started."""
 
+    lost: Lost
     started: list[Job[Any]] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
     known: dict[str, str] | None = None
     looked: float = -math.inf
 
@@ -74,13 +84,18 @@ class Jobs:
         """Have all save and leave, and wait until they have."""
         left = [job for job in self.started if not _has_result(job) and not self._is_over(job)]
         for job in left:
-            job.cancel(check=False)
+            if isinstance(job, LocalJob) and job._process is not None:
+                job._process.terminate()  # which is handed on; its own way kills after a second
+            else:
+                job.cancel(check=False)
         until = time.monotonic() + END_SECONDS
         while left and time.monotonic() < until:
             time.sleep(0.2)
             left = [job for job in left if not self._is_over(job)]
+        if left:
+            say(f"still ending: jobs {' '.join(job.job_id for job in left)}", sys.stderr)
 
-    def _results(self, job: Job[Any], results: Any) -> list[Any]:
+    def _results(self, job: Job[Any], results: Callable[[], list[Any]]) -> list[Any]:
         looks, looked = 0, self.looked
         while not _has_result(job) and looks < 2:
             time.sleep(0.2)
@@ -90,12 +105,15 @@ class Jobs:
         why = f"its job {job.job_id} ended without a result ({self._state(job)})"
         if _has_result(job):
             try:
-                return list(results())
+                (result,) = results()
+                if not isinstance(result._return_value, UncompletedJobError):
+                    return [result]
+                why = TIMED_OUT
             except (UncompletedJobError, FailedJobError) as error:
                 lines = [line for line in str(error).splitlines() if line.strip(" -")]
                 why = next((line for line in reversed(lines) if _is_told(line)), lines[0])
-        self.lost.append(f"trial {job.submission().args[2]}: {why}; see {job.paths.stdout}")
-        say(f"\n{self.lost[-1]}")
+        chosen, _, number, *_ = job.submission().args
+        self.lost(number, list(chosen), f"trial {number}: {why}; see {job.paths.stdout}")
         return [JobReturn(_return_value=math.nan, status=JobStatus.COMPLETED)]
 
     def _is_over(self, job: Job[Any]) -> bool:
@@ -114,7 +132,8 @@ class Jobs:
 
 
 def _has_result(job: Job[Any]) -> bool:
-    job.paths.folder.stat()
+    with suppress(OSError):
+        os.listdir(job.paths.folder)  # some network file systems look again only then
     return job.paths.result_pickle.exists()
 
 
@@ -123,26 +142,46 @@ def _is_told(line: str) -> bool:
 
 
 @contextmanager
-def followed() -> Iterator[Jobs]:
-    """Follow what submitit's launchers start meanwhile. Raises ``Refused`` if they cannot."""
-    jobs = Jobs()
+def followed(lost: Lost) -> Iterator[None]:
+    """Follow what submitit's launchers start meanwhile, and end it. Raises ``Refused``."""
+    jobs = Jobs(lost)
     plain = submitit.AutoExecutor
 
     class Executor(plain):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: Any, **settings: Any) -> None:
-            try:
+            with _refusals():
                 super().__init__(*arguments, **settings)
-            except RuntimeError as error:
-                raise Refused(f"hydra/launcher: {error}") from None
+
+        def update_parameters(self, **settings: Any) -> None:
+            with _refusals():
+                super().update_parameters(**settings)
 
         def map_array(self, *arguments: Any, **settings: Any) -> list[Job[Any]]:
-            try:
+            with _refusals(), _without_interrupts():
                 return jobs.follow(super().map_array(*arguments, **settings))
-            except (FailedSubmissionError, FailedJobError) as error:  # the second is of sbatch
-                raise Refused(f"hydra/launcher: {' '.join(str(error).split())}") from None
 
     setattr(submitit, plain.__name__, Executor)
     try:
-        yield jobs
+        yield
     finally:
         setattr(submitit, plain.__name__, plain)
+        jobs.end()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What submitit, and then sbatch, has against a launcher's settings."""
+    try:
+        yield
+    except (NameError, RuntimeError, ValueError, FailedSubmissionError, FailedJobError) as error:
+        raise Refused(f"hydra/launcher: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Have what is started here left alone by Ctrl-C, which is for the sweep to hand on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -7,7 +7,7 @@ number: so a sweep that was killed goes on with the trials that it would have ha
 from __future__ import annotations
 
 import inspect
-import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -32,13 +32,14 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ddptrain.errors import Refused
-from ddptrain.launch.combinations import in_order
-from ddptrain.launch.trial import FOLDER, Judge, Outcome, run_of
+from ddptrain.launch.trial import FOLDER, Judge, Outcome, computing, run_of
 from ddptrain.overrides import parse
 
 JOURNAL = "study.log"
 OWNER = "sweep"
 """The attribute of a trial that says which sweep is to finish it: a database may hold several's."""
+GIVEN = "given"
+"""The attribute of a study that has what all trials of a sweep have in common."""
 EXHAUSTED = "exhausted"
 """The attribute of a study whose sampler has drawn all that there is."""
 IN_SEQUENCE = (GridSampler, QMCSampler)
@@ -53,12 +54,13 @@ def search(
 
     ``launch`` is a Hydra launcher's; what came of a trial is read where it was left.
     """
-    ranges = [f"{key}={value}" for key, value in (settings["params"] or {}).items()]
-    overrides = parse(in_order([*ranges, *arguments]))
+    overrides = parse(arguments)
     space = {str(o.key_or_group): distribution(o) for o in overrides if o.is_sweep_override()}
     keys = {str(o.key_or_group): str(o.get_key_element()) for o in overrides}
     fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
     study = _open(settings, folder, maximizes)
+    owner = str(folder) if settings["storage"] else None
+    _check_given(study, owner, folder, computing(fixed), sorted(space))
 
     def run(trials: list[tuple[int, dict[str, Any]]]) -> None:
         chosen = [[*fixed, *(f"{keys[k]}={v}" for k, v in p.items())] for _, p in trials]
@@ -67,7 +69,6 @@ def search(
             _ = job.return_value  # raises what kept the trial from telling how it ended
             _tell(study, number, Outcome.read(run_of(folder, number)))
 
-    owner = str(folder) if settings["storage"] else None
     left = _of_sweep(study, owner, TrialState.RUNNING)
     for batch in _consecutive([(trial.number, trial.params) for trial in left]):
         run(batch)
@@ -112,9 +113,8 @@ def distribution(override: Override) -> BaseDistribution:
             return IntDistribution(low, high, log=is_log)
         return FloatDistribution(_number(low), _number(high), log=is_log)
     if isinstance(value, RangeSweep) and not value.shuffle:
-        start, stop, step = _number(value.start), _number(value.stop), _number(value.step)
-        last = start + (math.ceil((stop - start) / step) - 1) * step  # its end is not of it
-        low, high, step = min(start, last), max(start, last), abs(step)
+        numbers = [float(number) for number in value.range()]
+        low, high, step = min(numbers), max(numbers), abs(_number(value.step))
         if isinstance(value.start, int) and isinstance(value.step, int):
             return IntDistribution(int(low), int(high), step=int(step))
         return FloatDistribution(low, high, step=step)
@@ -137,7 +137,31 @@ def _storage(settings: Any, folder: Path) -> BaseStorage:
             raise Refused(f"hydra.sweeper.storage={url}: {why}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its being experimental
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        try:
+            return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        except ValueError as error:
+            raise Refused(f"{folder / JOURNAL} is damaged: {error}") from None
+
+
+def _mend(journal: Path) -> None:
+    """Take away the line that a full disk, or the end of the machine, left unfinished."""
+    if journal.exists():
+        content = journal.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(journal, content.rfind(b"\n") + 1)
+
+
+def _check_given(
+    study: Study, owner: str | None, folder: Path, fixed: list[str], keys: list[str]
+) -> None:
+    """Refuse to go on with what would not be compared with what there is."""
+    name, given = f"{GIVEN} {owner or ''}".strip(), {"fixed": fixed, "keys": keys}
+    before = study.user_attrs.get(name, given)
+    if before != given:
+        lines = [*before["fixed"], *(f"{key}=…" for key in before["keys"])]
+        told = f"{folder} holds another search, of {' '.join(lines)}"
+        raise Refused(f"{told}; name another {FOLDER}")
+    study.set_user_attr(name, given)
 
 
 def _open(settings: dict[str, Any], folder: Path, maximizes: bool) -> Study:
@@ -147,8 +171,9 @@ def _open(settings: dict[str, Any], folder: Path, maximizes: bool) -> Study:
             raise Refused(f"hydra.sweeper.{key}: expected a number above 0, got {count!r}")
     logging.set_verbosity(logging.WARNING)
     direction = _direction(settings["direction"], maximizes)
+    _mend(folder / JOURNAL)
     pruner, sampler = instantiate(settings["pruner"]), _sampler(settings["sampler"], 0)
-    return create_study(
+    study = create_study(
         storage=_storage(settings, folder),
         study_name=settings["study_name"],
         sampler=sampler,
@@ -156,6 +181,10 @@ def _open(settings: dict[str, Any], folder: Path, maximizes: bool) -> Study:
         direction=direction,
         load_if_exists=True,
     )
+    if study.direction is not direction:
+        told = f"{folder} holds a search that is to {study.direction.name.lower()}"
+        raise Refused(f"{told}, not to {direction.name.lower()}; name another {FOLDER}")
+    return study
 
 
 def _direction(wanted: str | None, maximizes: bool) -> StudyDirection:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
+from signal import SIGHUP, SIGTERM
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,16 +19,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ddptrain.claim import LAUNCH_LOCK, launching
-from ddptrain.compose import config_trees, hydra_arguments, whole_sections
+from ddptrain.claim import launching
+from ddptrain.compose import config_trees, hydra_arguments, hydra_settings, whole_sections
 from ddptrain.errors import EXIT_COMPLETED, Refused, Stopped, TrainingError
 from ddptrain.files import make_new
 from ddptrain.launch.allocation import Allocation
-from ddptrain.launch.combinations import check_values, in_order
+from ddptrain.launch.combinations import check_values, in_order, ranges
 from ddptrain.launch.jobs import followed, refuse_queued
-from ddptrain.launch.trial import FOLDER, Outcome, run_trial
+from ddptrain.launch.trial import FOLDER, SWEEP, Outcome, apart, run_of, run_trial
 from ddptrain.observe.result import short
 from ddptrain.overrides import override, parse
+from ddptrain.processes import born
 
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 SEARCH = "hydra_plugins.ddptrain_optuna.OptunaSweeper"
@@ -39,56 +44,70 @@ def sweep(overrides: list[str]) -> int:
     without. One that fails does not keep the others from training; it is told at the end. A sweep
     that is given the folder of one that was interrupted goes on with it.
     """
-    overrides = in_order(overrides)
+    settings = hydra_settings(overrides)
+    overrides = in_order([*overrides, *ranges(settings, overrides)])
     check_values(overrides)
-    folder, rest = _folder(overrides)
+    folder, rest, is_new = _folder(overrides)
     where = override(FOLDER, short(folder))
     again = f"ddptrain train --multirun {shlex.join([*rest, where])}"
     print(f"sweep {short(folder)}; to go on with it after an interruption:\n  {again}", flush=True)
     try:
-        with launching(folder):
+        with _interruptible(), launching(folder):
             refuse_queued(folder)
-            lost = _run(rest, folder)
+            _run(rest, folder, is_new)
     except KeyboardInterrupt:
         print(_summary(folder))
-        told = "the sweep was interrupted; a trial that was under way has saved"
-        raise Stopped(f"{told}; to go on: {again}") from None
+        told = "the sweep was interrupted; a trial that was under way goes on from its last step"
+        raise Stopped(f"{told}: {again}") from None
     print(_summary(folder))
-    if failed := [each.why for each in _outcomes(folder) if each.status == "failed"] + lost:
+    if failed := [each.why for each in _outcomes(folder) if each.status == "failed"]:
         count = f"{len(failed)} trial{'s' * (len(failed) > 1)} failed"
         raise TrainingError(f"{count}: {'; '.join(failed)}")
     return EXIT_COMPLETED
 
 
-def _run(overrides: list[str], folder: Path) -> list[str]:
-    """Run the trials; return what is to be told of those whose jobs were lost."""
-    with followed() as jobs:
-        try:
-            _hydra(overrides, folder)
-        except (HydraException, OmegaConfBaseException, Refused) as error:
-            with suppress(OSError):  # unless there is something else
-                (folder / LAUNCH_LOCK).unlink()
-                folder.rmdir()
-            raise Refused(" ".join(str(error).split())) from None
-        finally:
-            jobs.end()
-    return jobs.lost
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a sweep as Ctrl-C does."""
+    numbers = [n for n in (SIGTERM, SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _folder(overrides: list[str]) -> tuple[Path, list[str]]:
-    """The sweep's folder, which is made if none is named, and the other overrides."""
+def _run(overrides: list[str], folder: Path, is_new: bool) -> None:
+    """Run the trials. Raises ``Refused``, and takes a new folder away if none was begun."""
+    try:
+        _hydra(overrides, folder)
+    except (HydraException, OmegaConfBaseException, Refused) as error:
+        if is_new and not any(each.is_dir() and each.name.isdecimal() for each in folder.iterdir()):
+            rmtree(folder)
+        raise Refused(" ".join(str(error).split())) from None
+
+
+def _folder(overrides: list[str]) -> tuple[Path, list[str], bool]:
+    """The sweep's folder, which is there then, the other overrides, and whether it is new."""
     if any(line.lstrip("+").startswith("run.dir=") for line in overrides):
         raise Refused(f"run.dir is of one run; {FOLDER}=… names the folder of a sweep")
     named = [line for line in overrides if line.lstrip("+").startswith(f"{FOLDER}=")]
     sweeps = Path("runs") / "sweeps"
     job = Allocation.here()
     if named:
-        folder = Path(str(parse(named)[-1].value())).expanduser().absolute()
+        given = parse(named)[-1]
+        told = "" if given.is_sweep_override() else given.value()
+        if not isinstance(told, str | int) or not str(told).strip():
+            raise Refused(f"{given.input_line}: expected the name of a folder")
+        folder = Path(str(told)).expanduser().absolute()
     elif job is not None and job.is_batch:  # to come back to it, whatever starts the job again
         folder = (sweeps / f"slurm-{job.name}").absolute()
     else:
-        return make_new(_made(sweeps)), overrides
-    return _made(folder), [line for line in overrides if line not in named]
+        return make_new(_made(sweeps)), overrides, True
+    is_new = not folder.exists()
+    return _made(folder), [line for line in overrides if line not in named], is_new
 
 
 def _made(folder: Path) -> Path:
@@ -118,8 +137,16 @@ def _hydra(overrides: list[str], folder: Path) -> None:
         value = run_trial(folder, number, chosen, fixed, needs_value, judge).value
         return math.nan if value is None else value
 
+    def lost(number: int, chosen: list[str], why: str) -> None:
+        print(f"\n{why}", flush=True)
+        before, chosen = Outcome.read(run_of(folder, number)), [*chosen, *whole]
+        if before is None or before.status == "failed":
+            outcome = Outcome(number, apart(chosen, fixed), chosen, "failed", None, why)
+            outcome.leave(run_of(folder, number))
+
     own = [
         override(FOLDER, folder),
+        "++hydra.sweeper.params=null",  # they are among the overrides
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra.job.chdir=false",
@@ -127,8 +154,10 @@ def _hydra(overrides: list[str], folder: Path) -> None:
         "hydra/hydra_logging=none",
     ]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it prints errors itself, and exits
+    os.environ[SWEEP] = f"{os.getpid()} {born(os.getpid())}"
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
-    trial()
+    with followed(lost):
+        trial()
 
 
 def _outcomes(folder: Path) -> list[Outcome]:

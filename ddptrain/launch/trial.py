@@ -14,16 +14,20 @@ from pathlib import Path
 
 from ddptrain.claim import outwait
 from ddptrain.compose import compose
+from ddptrain.config import EXECUTION_ONLY
 from ddptrain.errors import EXIT_STOPPED, Refused, TrainingError
 from ddptrain.files import replace_text
 from ddptrain.launch.agent import DDPTRAIN, POLL_SECONDS, heard
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.overrides import override
 from ddptrain.parent import OF_SWEEP
+from ddptrain.processes import is_gone
 from ddptrain.run_directory import RunDirectory
 
 FOLDER = "hydra.sweep.dir"
 OUTCOME = "trial.json"
+SWEEP = "DDPTRAIN_SWEEP"
+"""The variable that has the process of the sweep, and when it was born."""
 LOOK_SECONDS = 0.5
 """Between two looks at what a trial has evaluated."""
 Judge = Callable[[int, float], bool]
@@ -44,6 +48,11 @@ class Outcome:
     status: str
     value: float | None = None
     why: str = ""
+
+    def leave(self, run_dir: Path) -> None:
+        """Put it into the trial's directory."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_text(run_dir / OUTCOME, json.dumps(asdict(self)))
 
     @staticmethod
     def read(run_dir: Path) -> Outcome | None:
@@ -74,11 +83,10 @@ def run_trial(
     """
     run_dir = run_of(folder, number)
     before = Outcome.read(run_dir)
-    if before is not None and before.overrides != overrides:
+    if before is not None and computing(before.overrides) != computing(overrides):
         told = f"{folder} holds another sweep, in which trial {number} was: {before.told}"
         raise Refused(f"{told}; name another {FOLDER}")
-    plain = [line.lstrip("+") for line in overrides]
-    told = " ".join(line for line in plain if line.partition("=")[0] not in fixed)
+    told = apart(overrides, fixed)
     if before is not None and before.status != "failed":
         print(f"\ntrial {number}: {told}: {before.status} before", flush=True)
         return before
@@ -89,9 +97,21 @@ def run_trial(
         why = f"{told}: checkpoint.metric is {what}"
         status, value = "failed", None
     outcome = Outcome(number, told, overrides, status, value, why)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / OUTCOME, json.dumps(asdict(outcome)))
+    outcome.leave(run_dir)
     return outcome
+
+
+def computing(overrides: list[str]) -> list[str]:
+    """Those that say what is computed and compared; the others may change when a sweep goes on."""
+    compared = ("checkpoint.metric", "checkpoint.mode")
+    keys = [line.lstrip("+~") for line in overrides]
+    return [key for key in keys if key.startswith(compared) or not key.startswith(EXECUTION_ONLY)]
+
+
+def apart(overrides: list[str], fixed: set[str]) -> str:
+    """What sets a trial apart from the others, which have values of ``fixed`` keys in common."""
+    plain = [line.lstrip("+") for line in overrides]
+    return " ".join(line for line in plain if line.partition("=")[0] not in fixed)
 
 
 def _train(
@@ -112,6 +132,8 @@ def _train(
         is_pruned, look = False, 0.0
         try:
             while process.poll() is None:
+                if asked is None and _is_orphaned():
+                    came.append(signal.SIGTERM)
                 while came:
                     asked = came.popleft()
                     process.send_signal(asked)
@@ -144,6 +166,14 @@ def _stop(asked: signal.Signals | None) -> None:
     if asked is not None and callable(handler) and handler is not signal.default_int_handler:
         signal.raise_signal(asked)
     raise KeyboardInterrupt
+
+
+def _is_orphaned() -> bool:
+    """Whether this is a job on the sweep's own machine, and the sweep has gone."""
+    if os.environ.get("SUBMITIT_EXECUTOR") != "local":
+        return False
+    pid, _, birth = os.environ[SWEEP].partition(" ")
+    return is_gone(int(pid), birth)
 
 
 def _is_given_up(run: RunDirectory, metric: str, judge: Judge) -> bool:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from ddptrain import pulse
+from ddptrain import parent, pulse
 from ddptrain.errors import EXIT_FAILED, EXIT_STOPPED
 from ddptrain.parent import SIGNALS
 from ddptrain.place import Place
@@ -77,7 +77,7 @@ class StopRequest:
                     self._take_note(signal.Signals(number))
 
     def _take_note(self, number: signal.Signals) -> None:
-        if os.getppid() != self.parent:
+        if os.getppid() != self.parent and parent.sweep is None:
             self._leave_orphaned()
         if self.came:
             if number == signal.SIGINT and time.monotonic() - self.since > ECHO_SECONDS:

@@ -284,8 +284,13 @@ def test_a_node_that_does_not_come_is_named(slurm: Cluster, tmp_path: Path) -> N
 def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_path: Path) -> None:
     """Of two ranks; one of the trials fails, and is a failed trial."""
     project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
-    sweep = [*TRAIN[:4], "--multirun", "hydra/launcher=submitit_slurm", "hydra.sweep.dir=mine"]
-    sweep += ["experiment=ragged", "train.max_steps=12", "eval.every_steps=6"]
+    sweep = [*TRAIN[:4], "--multirun", "hydra/launcher=slurm", "slurm.cpus_per_node=2"]
+    sweep += [
+        "hydra.sweep.dir=mine",
+        "experiment=ragged",
+        "train.max_steps=12",
+        "eval.every_steps=6",
+    ]
     sweep += ["log.tensorboard=false", "checkpoint.keep_best=0", "launch.nproc_per_node=2"]
     done = slurm.run(project, *sweep, "data.train.fail_at=17,null")
     assert done.returncode == 1, done.stdout + done.stderr
