@@ -141,13 +141,22 @@ def test_a_slow_link_is_told_with_what_it_carries(tmp_path: Path) -> None:
     assert "67.1 MB" not in found["all-reduce warning"].partition("would take")[0]
 
 
-def test_what_cannot_be_imported_is_told_before_it_is_built(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("import nothing_like_it", "ModuleNotFoundError: No module named 'n"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_what_cannot_be_imported_is_told_before_it_is_built(
+    project: Path, line: str, expected: str
+) -> None:
     with (project / "ragged.py").open("a") as module:
-        module.write("import nothing_like_it  # noqa: E402, F401\n")
+        module.write(f"{line}\n")
     finished = run([*DDPTRAIN, "doctor", "launch.nproc_per_node=2", *RAGGED], project)
     assert finished.returncode == 2
     told = rows(finished.stdout)["code failed"]
-    assert re.match(r"rank 0 \(.*\): ragged\.\w+: ModuleNotFoundError: No module named 'n", told)
+    assert re.match(rf"rank 0 \(.*\): ragged\.\w+: {expected}", told)
     assert finished.stderr.count("not fit to train: code") == 1
 
 
