@@ -29,11 +29,13 @@ from ddptrain.run_directory import RunDirectory, check_launch, open_directory
 from ddptrain.screen import say
 from ddptrain.snapshot import make_importable
 
+OPTIONS = ("-h", "--help", "--version")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code. Overrides without a command train as one rank."""
     given = sys.argv[1:] if arguments is None else arguments
-    is_command = bool(given) and (given[0] in COMMANDS or given[0].startswith("-"))
+    is_command = given[:1] != [] and (given[0] in COMMANDS or given[0] in OPTIONS)
     make_importable()
     try:
         if not is_command:
@@ -54,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _refuse_unknown_command(given: list[str]) -> None:
     """Overrides may stand without a command; a word without a value is none."""
+    if {"-m", "--multirun"} & set(given):
+        raise Refused(
+            "a sweep is `ddptrain train --multirun KEY=A,B …`, without torchrun: it starts the "
+            "ranks of its trials itself"
+        )
     if given and given[0].isidentifier():
         close = get_close_matches(given[0], COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
@@ -74,6 +81,11 @@ def _refuse_under_torchrun(command: str) -> None:
         raise Refused(
             f"`{command}` starts ranks itself, but torchrun has started this one: "
             "torchrun … -m ddptrain KEY=VALUE … trains without it"
+        )
+    if os.environ.get("WORLD_SIZE", "1" if "RANK" not in os.environ else "") != "1":
+        raise Refused(
+            f"`{command}` starts ranks itself, but RANK or WORLD_SIZE is set, as for one of "
+            "several: `python -m ddptrain KEY=VALUE …` is such a rank; or unset them"
         )
 
 

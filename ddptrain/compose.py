@@ -69,14 +69,16 @@ def compose(overrides: list[str]) -> Config:
 
 
 def hydra_settings(overrides: list[str]) -> DictConfig:
-    """Hydra's own settings of a sweep, such as its sweeper's. Raises ``Refused``."""
+    """The config with Hydra's own settings of a sweep, such as its sweeper's.
+
+    Raises ``Refused``.
+    """
     make_importable()
     alike = [str(o.input_line) for o in parse(overrides) if not o.is_sweep_override()]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_trees()[0]), version_base="1.3"):
-            composed = hydra_compose("config", hydra_arguments(alike, sweep=True), True)
-            return cast("DictConfig", composed.hydra)
+            return hydra_compose("config", hydra_arguments(alike, sweep=True), True)
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise _refusal(error, experiment_of(overrides)) from None
 

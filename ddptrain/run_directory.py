@@ -155,6 +155,10 @@ class RunDirectory:
         """Return what was stored about the run's code: versions, commit, overrides, original."""
         return dict(_read_yaml(self.config).get("provenance", {}))
 
+    @property
+    def trial(self) -> Path:
+        return self.path / "trial.json"
+
     def outcome(self) -> dict[str, Any]:
         """What ``result.json`` says; empty if the run has not ended."""
         return read_json(self.result)

@@ -96,6 +96,26 @@ def test_a_rank_that_does_not_come_is_named_on_those_that_did(project: Path) -> 
         assert "launch.timeout" in told
 
 
+def test_a_port_at_which_another_program_listens_is_told(project: Path) -> None:
+    """Of one that says nothing torch's store would wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        rank = by_hand(1, 2, silent.getsockname()[1])
+        ((code, told),) = end_of([project], [rank], [["launch.timeout=3"]])
+    assert code == 1
+    assert "is not rank 0 (it does not answer): another program may have the port" in only_line(
+        told
+    )
+
+
+def test_a_launch_that_is_one_of_several_ranks_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    told = run([*DDPTRAIN, "train", "experiment=ragged"], project)
+    assert told.returncode == 2
+    assert "RANK or WORLD_SIZE is set" in only_line(told.stderr)
+
+
 def test_a_name_that_does_not_resolve_in_time_is_refused(project: Path) -> None:
     somewhere = by_hand(1, 2, free_port(), "nowhere.invalid")
     ((code, told),) = end_of([project], [somewhere], [["launch.timeout=1"]])

@@ -40,6 +40,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from ddptrain.errors import Refused
 from ddptrain.launch.combinations import check_values, in_order, ranges
+from ddptrain.launch.resources import minutes, wanted
 from ddptrain.launch.study import JOURNAL, distribution
 from ddptrain.launch.study import _open as open_study
 from ddptrain.launch.study import _sampler as sampler
@@ -324,7 +325,8 @@ def test_a_trial_that_fails_is_a_failed_trial(project: Path) -> None:
     assert finished.returncode == 1
     last = finished.stderr.splitlines()[-1]
     assert last.startswith(f"ddptrain: {len(failed)} trial")
-    assert "data.train.fail_at=17 exited 1; see " in last
+    assert "data.train.fail_at=17 exited 1: rank 0 (" in last
+    assert "sample 17: " in last
 
 
 def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> None:
@@ -397,6 +399,25 @@ def test_shuffled_trials_have_their_order_for_good(project: Path) -> None:
         read_result(project / "alone")["weights_sha256"]
         == (read_result(folder / "2")["weights_sha256"])
     )
+
+
+def test_a_trials_job_asks_for_what_the_cluster_is_said_to_need() -> None:
+    slurm = {"nodes": 1, "time": "1-02:30", "sbatch": ["--constraint=a100", "--exclusive"]}
+    slurm["srun"] = ["--container-image=a b"]
+    ours = DictConfig({"launcher": {"timeout_min": None}})
+    assert wanted(ours, DictConfig(slurm)) == [
+        "hydra.launcher.timeout_min=1590",
+        "++hydra.launcher.additional_parameters.constraint=a100",
+        "++hydra.launcher.additional_parameters.exclusive=true",
+        '++hydra.launcher.srun_args=["--container-image=a b"]',
+    ]
+    assert not wanted(DictConfig({"launcher": {"timeout_min": 5}}), DictConfig(slurm))
+    with pytest.raises(Refused, match="has one node"):
+        wanted(ours, DictConfig(slurm | {"nodes": 2}))
+    times = ("30", "30:01", "1:00:00", "2-3", "2-3:04", "2-3:04:05")
+    assert [minutes(time) for time in times] == [30, 31, 60, 3060, 3064, 3065]
+    with pytest.raises(Refused, match="expected a time of Slurm"):
+        minutes("soon")
 
 
 def test_a_value_is_refused_if_no_trial_can_have_it() -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -37,12 +38,16 @@ logger = logging.getLogger(__name__)
 def doctor(config: Config, place: Place) -> int:
     """Be one rank of a launch that is tried; rank 0 prints the table. Raises ``Refused``."""
     check_world_size(config, place.world_size)
-    device = choose_device(config.train.device.name, place)
+    device, problem = torch.device("cpu"), ""
+    try:
+        device = choose_device(config.train.device.name, place)
+    except Refused as error:
+        problem = str(error)
     choose_interface(config.launch.interface)
     ranks = Ranks(place, device, None)
     ranks.meet(config.launch.timeout or MEETING_SECONDS)
     machines, findings = examine(ranks, config)
-    findings += _try_code(ranks, config)
+    findings += _of_devices(ranks, problem) + _try_code(ranks, config)
     if config.launch.bind_cpus:
         bind_cpus(place, device)
     parted = any(each.check in ("network", "versions") for each in failed(findings))
@@ -75,6 +80,15 @@ def refuse_unfit(ranks: Ranks, config: Config) -> None:
                 logger.warning("%s: %s; %s", each.check, each.found, each.remedy)
     if wrong := failed(findings):
         raise Refused("; ".join(f"{each.check}: {each.found}: {each.remedy}" for each in wrong))
+
+
+def _of_devices(ranks: Ranks, problem: str) -> list[Finding]:
+    """That ranks have not the device that they are to have, each reason once."""
+    told = [each["problem"] for each in ranks.tell({"problem": problem})]
+    return [
+        Finding("devices", State.failed, *problem.rsplit("; ", 1)[:2])
+        for problem in dict.fromkeys(filter(None, told))
+    ]
 
 
 def _try_code(ranks: Ranks, config: Config) -> list[Finding]:

@@ -68,6 +68,9 @@ class Jobs:
     """Those that a sweep has started."""
 
     lost: Lost
+    told: Callable[[int], str]
+    """Of a trial that has ended, how."""
+    silent: dict[int, Job[Any]] = field(default_factory=dict)
     started: list[Job[Any]] = field(default_factory=list)
     known: dict[str, str] | None = None
     looked: float = -math.inf
@@ -78,6 +81,9 @@ class Jobs:
             job.results = partial(self._results, job, job.results)  # type: ignore[method-assign]
         self.started += jobs
         self.looked = -math.inf  # what was known before is not of these
+        self.silent = {job.submission().args[2]: job for job in jobs}
+        numbers = " ".join(job.job_id for job in jobs)
+        say(f"jobs         {numbers}\noutput       {jobs[0].paths.folder.parent}/*/*_log.*")
         return jobs
 
     def end(self) -> None:
@@ -99,11 +105,13 @@ class Jobs:
         looks, looked = 0, self.looked
         while not _has_result(job) and looks < 2:
             time.sleep(0.2)
+            self._tell_of_ended()
             is_over = self._is_over(job)
             if self.looked > looked or not isinstance(job, SlurmJob):
                 looks, looked = looks + 1 if is_over else 0, self.looked
         why = f"its job {job.job_id} ended without a result ({self._state(job)})"
         if _has_result(job):
+            self._tell_of_ended()
             try:
                 (result,) = results()
                 if not isinstance(result._return_value, UncompletedJobError):
@@ -115,6 +123,13 @@ class Jobs:
         chosen, _, number, *_ = job.submission().args
         self.lost(number, list(chosen), f"trial {number}: {why}; see {job.paths.stdout}")
         return [JobReturn(_return_value=math.nan, status=JobStatus.COMPLETED)]
+
+    def _tell_of_ended(self) -> None:
+        for number, job in list(self.silent.items()):
+            if _has_result(job):
+                del self.silent[number]
+                if told := self.told(number):
+                    say(told)
 
     def _is_over(self, job: Job[Any]) -> bool:
         if not isinstance(job, SlurmJob):
@@ -142,9 +157,9 @@ def _is_told(line: str) -> bool:
 
 
 @contextmanager
-def followed(lost: Lost) -> Iterator[None]:
+def followed(lost: Lost, told: Callable[[int], str]) -> Iterator[None]:
     """Follow what submitit's launchers start meanwhile, and end it. Raises ``Refused``."""
-    jobs = Jobs(lost)
+    jobs = Jobs(lost, told)
     plain = submitit.AutoExecutor
 
     class Executor(plain):  # type: ignore[misc, valid-type]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddptrain import parent
 from ddptrain.checkpoint.progress import Progress
 from ddptrain.config import Config
 from ddptrain.errors import (
@@ -22,6 +23,8 @@ from ddptrain.errors import (
 )
 from ddptrain.launch.agent import DDPTRAIN, Asked, Failure, heard, start_ranks
 from ddptrain.observe.loggers import read_json_lines
+from ddptrain.observe.result import short
+from ddptrain.overrides import override
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say, show_cursor
@@ -75,7 +78,11 @@ def launch_ranks(run: RunDirectory, config: Config, ranks: int) -> int:
             now = progress.read()
             left = allowed if now > before else left
             was_raised = now <= first and failure.exit_code > 0 and not failure.may_pass
-            if code != EXIT_FAILED or left == 0 or _is_hopeless(run, was_raised):
+            if code != EXIT_FAILED or left == 0:
+                return code
+            if _is_hopeless(run, was_raised):
+                if failure.message is None:  # of that one, others know only that it has gone
+                    print_failure(failure, f"its log: {_log_of(run, failure.rank)}")
                 return code
             before, left = now, left - 1
             # Where a step was done, or noted, run.resume has been held against what there is.
@@ -151,6 +158,8 @@ def _stopped(run: RunDirectory, asked: signal.Signals, otherwise: tuple[int, str
         "completed": (EXIT_COMPLETED, "it was completed all the same"),
         "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),
     }.get(str(status), otherwise)
+    again = f"start it again with {override('run.dir', short(run.path))}"
+    how = how.partition(";")[0] if parent.sweep else how.replace("start it again", again)
     say(f"{asked.name}: {run.path}: {how}", sys.stderr)
     return code
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from shlex import quote
+from shutil import rmtree
 
 from ddptrain.config import Config, SlurmConfig
-from ddptrain.errors import EXIT_COMPLETED
+from ddptrain.errors import EXIT_COMPLETED, Refused, TrainingError
 from ddptrain.files import make_new, replace_text
 from ddptrain.launch.allocation import ask
 from ddptrain.observe.result import short
@@ -29,6 +30,7 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
         print(script(config, overrides, run, run.path / "code" / "<time>-<letters>"), end="")
         return EXIT_COMPLETED
     ask("sbatch", "--version")
+    is_new = config.run.dir is None or not Path(config.run.dir).exists()
     run = open_directory(config, overrides)
     code = make_new(run.path / "code")
     for name in copy_code(code):
@@ -36,7 +38,12 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
     run.logs.mkdir(exist_ok=True)
     file = run.path / "job.sbatch"
     replace_text(file, script(config, overrides, run, code))
-    job = ask("sbatch", "--parsable", str(file)).strip().partition(";")[0]
+    try:
+        job = ask("sbatch", "--parsable", str(file)).strip().partition(";")[0]
+    except TrainingError as error:
+        if is_new:
+            rmtree(run.path)
+        raise Refused(str(error)) from None
     print(
         f"job          {job}\nrun          {short(run.path)}\n"
         f"output       tail -F {quote(f'{short(run.logs)}/slurm-{job}.out')}\n"

@@ -26,6 +26,7 @@ from ddptrain.files import make_new
 from ddptrain.launch.allocation import Allocation
 from ddptrain.launch.combinations import check_values, in_order, ranges
 from ddptrain.launch.jobs import followed, refuse_queued
+from ddptrain.launch.resources import wanted
 from ddptrain.launch.trial import FOLDER, SWEEP, Outcome, apart, run_of, run_trial
 from ddptrain.observe.result import short
 from ddptrain.overrides import override, parse
@@ -44,8 +45,9 @@ def sweep(overrides: list[str]) -> int:
     without. One that fails does not keep the others from training; it is told at the end. A sweep
     that is given the folder of one that was interrupted goes on with it.
     """
-    settings = hydra_settings(overrides)
-    overrides = in_order([*overrides, *ranges(settings, overrides)])
+    composed = hydra_settings(overrides)
+    asked = wanted(composed.hydra, composed.slurm)
+    overrides = in_order([*overrides, *ranges(composed.hydra, overrides)])
     check_values(overrides)
     folder, rest, is_new = _folder(overrides)
     where = override(FOLDER, short(folder))
@@ -54,7 +56,7 @@ def sweep(overrides: list[str]) -> int:
     try:
         with _interruptible(), launching(folder):
             refuse_queued(folder)
-            _run(rest, folder, is_new)
+            _run([*rest, *asked], folder, is_new)
     except KeyboardInterrupt:
         print(_summary(folder))
         told = "the sweep was interrupted; a trial that was under way goes on from its last step"
@@ -156,7 +158,7 @@ def _hydra(overrides: list[str], folder: Path) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it prints errors itself, and exits
     os.environ[SWEEP] = f"{os.getpid()} {born(os.getpid())}"
     sys.argv = [sys.argv[0], "--multirun", *hydra_arguments(overrides, sweep=True), *own]
-    with followed(lost):
+    with followed(lost, lambda number: _line(Outcome.read(run_of(folder, number)))):
         trial()
 
 
@@ -166,12 +168,16 @@ def _outcomes(folder: Path) -> list[Outcome]:
     return sorted((each for each in found if each is not None), key=lambda each: each.number)
 
 
+def _line(trial: Outcome | None) -> str:
+    if trial is None:
+        return ""
+    value = trial.status if trial.value is None else f"{trial.value:.4f}"
+    return f"  {trial.number:3}  {value:>10}  {trial.told}"
+
+
 def _summary(folder: Path) -> str:
     """A line for each trial that has ended: its ``checkpoint.metric`` if it has it, and its run."""
-    lines = []
-    for each in _outcomes(folder):
-        value = each.status if each.value is None else f"{each.value:.4f}"
-        lines.append(f"  {each.number:3}  {value:>10}  {each.told}")
+    lines = [_line(each) for each in _outcomes(folder)]
     heading = f"\n{len(lines)} trial{'s' * (len(lines) != 1)} in {short(folder)}:"
     hint = [f"compare      ddptrain compare {short(folder)}"] if lines else []
     return "\n".join([heading, *lines, *hint])

@@ -7,10 +7,13 @@ import math
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ddptrain.claim import outwait
 from ddptrain.compose import compose
@@ -127,7 +130,9 @@ def _train(
     outwait(run_dir)  # if a sweep was killed, what it was at saves, or is on a node that was lost
     with heard() as came:
         command = [*DDPTRAIN, "train", *overrides, where]
-        process = subprocess.Popen(command, env=os.environ | {OF_SWEEP: str(os.getpid())})
+        variables = os.environ | {OF_SWEEP: str(os.getpid())}
+        process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE)
+        last = LastLine(process)
         asked: signal.Signals | None = None
         is_pruned, look = False, 0.0
         try:
@@ -152,12 +157,35 @@ def _train(
     if asked is not None or process.returncode == EXIT_STOPPED:
         _stop(asked)
     if process.returncode:
-        return "failed", None, f"{told} exited {process.returncode}; see {run.logs}"
+        why = last.of_process() or f"see {run.logs}"
+        return "failed", None, f"{told} exited {process.returncode}: {why}"
     metrics = run.outcome()["metrics"]
     value = metrics.get(metric, None)
     if value is None and metric in metrics:
         value = math.nan
     return "completed", value, ""
+
+
+class LastLine:
+    """Hands on what a process says of errors, the last line of which is the first error."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.end = b""
+        self.thread = threading.Thread(target=self._hand_on, args=[process.stderr], daemon=True)
+        self.thread.start()
+
+    def of_process(self) -> str:
+        """Once it has ended; what it has left behind may have the pipe open still."""
+        self.thread.join(LOOK_SECONDS)
+        lines = [line for line in self.end.decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip().removeprefix("ddptrain: ") if lines else ""
+
+    def _hand_on(self, stream: Any) -> None:
+        with suppress(OSError, ValueError):
+            while some := os.read(stream.fileno(), 1 << 16):
+                self.end = (self.end + some)[-(1 << 12) :]
+                with suppress(OSError):
+                    os.write(2, some)
 
 
 def _stop(asked: signal.Signals | None) -> None:

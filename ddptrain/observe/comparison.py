@@ -13,6 +13,7 @@ from typing import Any
 from ddptrain.compose import flatten
 from ddptrain.config import Config
 from ddptrain.errors import Refused, TrainingError
+from ddptrain.files import read_json
 from ddptrain.observe.loggers import Scalars, read_json_lines
 from ddptrain.observe.values import measured, number, printable, shown
 from ddptrain.run_directory import RunDirectory
@@ -58,6 +59,7 @@ class RunRecord:
             metrics = {name: measured(value) for name, value in final.items()}
             known = metrics if ended.get("status") == "completed" else known | metrics
         status, step = ended.get("status", "unfinished"), ended.get("step", last)
+        status = read_json(run.trial).get("status", status)
         return RunRecord(run, config, str(status), _whole(step), known, curves)
 
     @property

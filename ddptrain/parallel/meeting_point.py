@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -33,18 +34,41 @@ def open_store(place: Place, seconds: float | None, first: bool = False) -> TCPS
     is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = first and place.rank == 0 and not is_launchers
     if not is_master:
-        _wait_for(host, port, seconds, "its launcher" if is_launchers else "rank 0")
+        who = "its launcher" if is_launchers else "rank 0"
+        _wait_for(host, port, seconds, who)
+        return _connect(host, port, seconds, who)
     try:
-        return TCPStore(
-            host, port, is_master=is_master, timeout=STORE_TIMEOUT, wait_for_workers=False
-        )
+        return TCPStore(host, port, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False)
     except DistNetworkError as error:
-        if is_master and "EADDRINUSE" in str(error):
+        if "EADDRINUSE" in str(error):
             raise Refused(
                 f"MASTER_PORT={port} is in use on {socket.gethostname()}, where rank 0 is to "
                 "listen; choose another port, the same for all ranks"
             ) from None
         raise
+
+
+def _connect(host: str, port: int, seconds: float | None, who: str) -> TCPStore:
+    """Connect to a store; torch would wait for ever for the answer of who is none."""
+    limit = STORE_TIMEOUT.total_seconds() if seconds is None else seconds
+    opened: list[TCPStore] = []
+    problems = ["it does not answer"]
+
+    def connect() -> None:
+        try:
+            opened.append(TCPStore(host, port, timeout=STORE_TIMEOUT, wait_for_workers=False))
+        except RuntimeError as error:
+            problems[0] = str(error).splitlines()[0]
+
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    thread.join(limit)
+    if not opened:
+        raise PeerFailed(
+            f"what listens at MASTER_ADDR={host} MASTER_PORT={port} is not {who} ({problems[0]}): "
+            "another program may have the port; choose another one, the same for all ranks"
+        )
+    return opened[0]
 
 
 def _wait_for(host: str, port: int, seconds: float | None, who: str) -> None:
