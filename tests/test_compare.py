@@ -158,6 +158,8 @@ def test_a_run_that_was_killed_is_shown_as_far_as_it_came(sweep: Path, compare: 
     assert 8 <= last <= 12
     assert rows["killed"]["status"] == f"unfinished, step {last}"
     assert rows["careful"]["status"] == rows["quick"]["status"] == "completed"
+    (sweep / "killed" / "trial.json").write_text(json.dumps({"status": "pruned"}))
+    assert rows_by_name(compare(sweep))["killed"]["status"] == f"pruned, step {last}"
 
 
 def test_a_run_without_an_evaluation_is_compared_by_its_training_loss(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from boxes import Boxes, unavailable
 from chaos.machine import small_disk
 from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, run
@@ -69,6 +70,16 @@ def test_a_launch_that_is_well_says_so_of_all(project: Path, launcher: list[str]
     assert len(re.findall(r"in [\d.]+ ms", told["all-reduce ok"])) == 4
     assert list(project.glob(".ddptrain*")) == []
     assert not (project / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_missing_is_a_line_of_the_table(project: Path) -> None:
+    finished = run([*DDPTRAIN, "doctor", *RAGGED, "train.device=cuda"], project)
+    assert finished.returncode == 2
+    told = rows(finished.stdout)
+    assert told["devices failed"].startswith("train.device=cuda: torch ")
+    assert "versions ok" in told
+    assert finished.stderr.strip() == "ddptrain: not fit to train: devices"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs is mounted by root alone")

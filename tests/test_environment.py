@@ -116,6 +116,12 @@ def test_a_launch_that_is_one_of_several_ranks_is_refused(
     assert "RANK or WORLD_SIZE is set" in only_line(told.stderr)
 
 
+def test_a_sweep_is_no_rank(project: Path) -> None:
+    told = run([*DDPTRAIN, "--multirun", "experiment=ragged", "seed=1,2"], project)
+    assert told.returncode == 2
+    assert "a sweep is `ddptrain train --multirun" in only_line(told.stderr)
+
+
 def test_a_name_that_does_not_resolve_in_time_is_refused(project: Path) -> None:
     somewhere = by_hand(1, 2, free_port(), "nowhere.invalid")
     ((code, told),) = end_of([project], [somewhere], [["launch.timeout=1"]])

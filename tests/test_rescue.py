@@ -126,6 +126,8 @@ def test_no_step_is_lost(
     (tmp_path / "go").touch()
     ended, err = finish(agent)
     assert ended == code, err[-3000:]
+    if launcher == LAUNCHED:
+        assert f"with run.dir={run_dir}" in err
     if code:
         ended, err = finish(start(command))
         assert ended == 0, err[-3000:]

@@ -253,6 +253,14 @@ def test_a_submitted_job_runs_the_code_that_there_was(slurm: Cluster, tmp_path: 
     assert (result["status"], result["step"], result["world_size"]) == ("completed", 8, 2)
 
 
+def test_a_submission_that_slurm_refuses_leaves_nothing(slurm: Cluster, tmp_path: Path) -> None:
+    submission = ("python", "-m", "ddptrain", "submit", *OVERRIDES, "slurm.partition=nowhere")
+    done = slurm.run(tmp_path, *submission)
+    assert done.returncode == 2
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert not list((tmp_path / "runs" / "digits").iterdir())
+
+
 def test_the_doctor_tries_all_nodes_of_a_job(slurm: Cluster, tmp_path: Path) -> None:
     """Both are this machine, at the same address."""
     doctor = ("python", "-m", "ddptrain", "doctor", *OVERRIDES)
