@@ -151,14 +151,14 @@ def _train(
         finally:
             process.terminate()  # it must not train on beside the next trial
             process.wait()
+            reason = last.of_process()
         asked = asked or next(iter(came), None)  # it came as the run ended, perhaps of it, too
     if process.returncode == EXIT_STOPPED and is_pruned and asked is None:
         return "pruned", None, ""
     if asked is not None or process.returncode == EXIT_STOPPED:
         _stop(asked)
     if process.returncode:
-        why = last.of_process() or f"see {run.logs}"
-        return "failed", None, f"{told} exited {process.returncode}: {why}"
+        return "failed", None, f"{told} exited {process.returncode}: {reason or f'see {run.logs}'}"
     metrics = run.outcome()["metrics"]
     value = metrics.get(metric, None)
     if value is None and metric in metrics:
