@@ -306,7 +306,8 @@ def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_pa
     assert [each["status"] for each in trials] == ["failed", "completed"]
     result = json.loads((project / "mine" / "1" / "result.json").read_text())
     assert (result["world_size"], result["metrics"]["val/loss"]) == (2, trials[1]["value"])
-    assert "1 trial failed: data.train.fail_at=17 exited 1: rank " in done.stderr
+    assert "1 trial failed: data.train.fail_at=17 exited 1: " in done.stderr
+    assert "sample 17: ValueError: the file is corrupt" in done.stderr.splitlines()[-1]
 
 
 def test_jobs_of_a_sweep_end_with_it_and_one_that_is_lost_has_failed(
