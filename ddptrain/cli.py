@@ -35,7 +35,7 @@ OPTIONS = ("-h", "--help", "--version")
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return the exit code. Overrides without a command train as one rank."""
     given = sys.argv[1:] if arguments is None else arguments
-    is_command = given[:1] != [] and (given[0] in COMMANDS or given[0] in OPTIONS)
+    is_command = bool(given) and given[0] in (*COMMANDS, *OPTIONS)
     make_importable()
     try:
         if not is_command:

@@ -28,7 +28,6 @@ from ddptrain.processes import is_gone
 from ddptrain.run_directory import RunDirectory
 
 FOLDER = "hydra.sweep.dir"
-OUTCOME = "trial.json"
 SWEEP = "DDPTRAIN_SWEEP"
 """The variable that has the process of the sweep, and when it was born."""
 LOOK_SECONDS = 0.5
@@ -55,13 +54,13 @@ class Outcome:
     def leave(self, run_dir: Path) -> None:
         """Put it into the trial's directory."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(run_dir / OUTCOME, json.dumps(asdict(self)))
+        replace_text(RunDirectory(run_dir).trial, json.dumps(asdict(self)))
 
     @staticmethod
     def read(run_dir: Path) -> Outcome | None:
         """What was left in a trial's directory; None if it has not ended."""
         try:
-            return Outcome(**json.loads((run_dir / OUTCOME).read_text()))
+            return Outcome(**json.loads(RunDirectory(run_dir).trial.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
