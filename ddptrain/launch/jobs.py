@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 from hydra.core.utils import JobReturn, JobStatus
 from submitit.core.core import Job
-from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.core.utils import UncompletedJobError
 from submitit.local.local import LocalJob
 from submitit.slurm.slurm import SlurmJob
 
@@ -117,7 +117,7 @@ class Jobs:
                 if not isinstance(result._return_value, UncompletedJobError):
                     return [result]
                 why = TIMED_OUT
-            except (UncompletedJobError, FailedJobError) as error:
+            except UncompletedJobError as error:
                 lines = [line for line in str(error).splitlines() if line.strip(" -")]
                 why = next((line for line in reversed(lines) if _is_told(line)), lines[0])
         chosen, _, number, *_ = job.submission().args
@@ -188,7 +188,7 @@ def _refusals() -> Iterator[None]:
     """What submitit, and then sbatch, has against a launcher's settings."""
     try:
         yield
-    except (NameError, RuntimeError, ValueError, FailedSubmissionError, FailedJobError) as error:
+    except (NameError, RuntimeError, ValueError) as error:  # its own are RuntimeErrors
         raise Refused(f"hydra/launcher: {' '.join(str(error).split())}") from None
 
 
