@@ -194,6 +194,15 @@ def test_one_process_of_srun_trains_alone(slurm: Cluster, tmp_path: Path) -> Non
     assert "on 1 rank" in done.stdout
 
 
+def test_an_interactive_step_trains_with_ranks_of_its_own(slurm: Cluster, tmp_path: Path) -> None:
+    """srun gives it a terminal, which it has to have one itself for."""
+    command = " ".join(["srun --pty", *TRAIN, "train.max_steps=4", "launch.nproc_per_node=2"])
+    done = slurm.run(tmp_path, "script", "-qec", f"{command} run.dir=mine", "/dev/null")
+    assert done.returncode == 0, done.stdout
+    result = json.loads((tmp_path / "mine" / "result.json").read_text())
+    assert (result["status"], result["world_size"]) == ("completed", 2)
+
+
 @pytest.mark.parametrize("command", [TRAIN, ("python", "-m", "ddptrain", *OVERRIDES)])
 def test_several_processes_of_srun_are_refused(
     slurm: Cluster, tmp_path: Path, command: tuple[str, ...]
