@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from boxes import Boxes, unavailable
-from launching import LIMIT_SECONDS, kill_tree, read_result, train
+from launching import LIMIT_SECONDS, PROJECT, environment, kill_tree, read_result, train
 
 from ddptrain.observe.loggers import read_json_lines
 
@@ -55,3 +58,36 @@ def test_machines_come_late_are_lost_and_come_back(tmp_path: Path) -> None:
     told = read_result(run_dir)
     assert (told["status"], told["lost_steps"]) == ("completed", 0), boxes.told()
     assert told["weights_sha256"] == clean["weights_sha256"]
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+def test_who_came_is_named_where_too_few_do(tmp_path: Path) -> None:
+    boxes = Boxes(tmp_path)
+    with boxes.network():
+        came = [boxes.start(number, [*RUN, "launch.timeout=15"], "3") for number in (0, 2)]
+        assert [box.wait(LIMIT_SECONDS) for box in came] == [1, 1], boxes.told()
+    line = "ddptrain: of at least 3 machines 2 came to 10.214.0.1:29400 within 15 s: "
+    told = [(tmp_path / f"box-{number}.txt").read_text() for number in (0, 2)]
+    assert all(line in each and "Traceback" not in each for each in told), boxes.told()
+    names = told[0].split(line)[1].split(";")[0].split(", ")
+    assert sorted(names) == ["box0 (10.214.0.1)", "box2 (10.214.0.3)"]
+
+
+def meet(endpoint: str, seconds: int = 1) -> list[str]:
+    """What torchrun says that meets others there, and does not come to start a rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    where = ["--rdzv-backend=ddptrain", f"--rdzv-endpoint={endpoint}"]
+    told = subprocess.run(
+        [*command, *where, f"--rdzv-conf=join_timeout={seconds}", "-m", "ddptrain"],
+        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    return [str(told.returncode), *told.stderr.splitlines()]
+
+
+def test_an_endpoint_that_cannot_be_is_told_in_one_line() -> None:
+    named = meet("localhost:29400")
+    assert named[0] == "2"
+    assert named[-1].startswith(f"ddptrain: localhost means 127.0.0.1 on {socket.gethostname()}")
+    unknown = meet("nowhere.invalid:29400")
+    assert unknown[0] == "2"
+    assert unknown[-1].startswith("ddptrain: nowhere.invalid means nothing on ")

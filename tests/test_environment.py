@@ -210,4 +210,4 @@ def test_the_script_for_many_machines_says_that_its_port_is_taken(taken: int) ->
         check=False,
     )
     assert finished.returncode == 2
-    assert f"port {taken} is taken" in only_line(finished.stderr)
+    assert f"ddptrain: port {taken} is in use on " in only_line(finished.stderr)

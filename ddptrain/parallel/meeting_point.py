@@ -32,23 +32,39 @@ def open_store(place: Place, seconds: float | None, first: bool = False) -> TCPS
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = first and place.rank == 0 and not is_launchers
-    if not is_master:
-        who = "its launcher" if is_launchers else "rank 0"
-        _wait_for(host, port, seconds, who)
-        return _connect(host, port, seconds, who)
+    if first and place.rank == 0 and not is_launchers:
+        return keep(host, port, f"MASTER_PORT={port}")
+    who = "its launcher" if is_launchers else "rank 0"
+    return reach(host, port, seconds, who, f"MASTER_ADDR={host} MASTER_PORT={port}")
+
+
+def keep(host: str, port: int, named: str) -> TCPStore:
+    """Open the store on this machine. Raises ``Refused`` if the port, as it is ``named``, is taken.
+
+    The port is open on all addresses of the machine, of which ``host`` is one.
+    """
     try:
         return TCPStore(host, port, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False)
     except DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise Refused(
-                f"MASTER_PORT={port} is in use on {socket.gethostname()}, where rank 0 is to "
-                "listen; choose another port, the same for all ranks"
+                f"{named} is in use on {socket.gethostname()}, where all are to meet; choose "
+                "another port, the same for all"
             ) from None
         raise
 
 
-def _connect(host: str, port: int, seconds: float | None, who: str) -> TCPStore:
+def reach(host: str, port: int, seconds: float | None, who: str, named: str) -> TCPStore:
+    """Connect to the store that ``who`` keeps there, once it does.
+
+    ``named`` is what the user has called the address. Raises ``Refused`` if it cannot be one,
+    ``PeerFailed`` if no store is there within ``seconds``.
+    """
+    _wait_for(host, port, seconds, who, named)
+    return _connect(host, port, seconds, who, named)
+
+
+def _connect(host: str, port: int, seconds: float | None, who: str, named: str) -> TCPStore:
     """Connect to a store; torch would wait for ever for the answer of who is none."""
     limit = STORE_TIMEOUT.total_seconds() if seconds is None else seconds
     opened: list[TCPStore] = []
@@ -65,13 +81,13 @@ def _connect(host: str, port: int, seconds: float | None, who: str) -> TCPStore:
     thread.join(limit)
     if not opened:
         raise PeerFailed(
-            f"what listens at MASTER_ADDR={host} MASTER_PORT={port} is not {who} ({problems[0]}): "
-            "another program may have the port; choose another one, the same for all ranks"
+            f"what listens at {named} is not {who} ({problems[0]}): "
+            "another program may have the port; choose another one, the same for all"
         )
     return opened[0]
 
 
-def _wait_for(host: str, port: int, seconds: float | None, who: str) -> None:
+def _wait_for(host: str, port: int, seconds: float | None, who: str, named: str) -> None:
     """Wait until somebody listens there; torch would, too, but fill the screen meanwhile."""
     until = None if seconds is None else time.monotonic() + seconds
     known_by = time.monotonic() + min(NAME_SECONDS, NAME_SECONDS if seconds is None else seconds)
@@ -82,15 +98,15 @@ def _wait_for(host: str, port: int, seconds: float | None, who: str) -> None:
         except socket.gaierror as error:
             if error.errno == socket.EAI_NONAME and time.monotonic() > known_by:
                 raise Refused(
-                    f"MASTER_ADDR={host} does not resolve on {socket.gethostname()}; give the "
-                    "numeric address of rank 0's machine"
+                    f"{named.split()[0]} does not resolve on {socket.gethostname()}; give the "
+                    "numeric address of that machine"
                 ) from None
             why = str(error)
         except OSError as error:
             why = str(error)
         if until is not None and time.monotonic() > until:
             raise PeerFailed(
-                f"nobody listens at MASTER_ADDR={host} MASTER_PORT={port} after {seconds:g} s "
+                f"nobody listens at {named} after {seconds:g} s "
                 f"({why}): {who} should; see that it was started, with this address, and that no "
                 "firewall is between, or give it more time (launch.timeout)"
             )
