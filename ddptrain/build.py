@@ -47,9 +47,10 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.parallel.reduction import Mean, Reduction
 from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.preemption import StopRequest
-from ddptrain.run_directory import RunDirectory, changes, computed
+from ddptrain.run_directory import RunDirectory
 from ddptrain.setbacks import Setbacks
 from ddptrain.step import Step
+from ddptrain.stored import changes, computed
 from ddptrain.tasks.task import Task
 from ddptrain.trust import check_objects
 

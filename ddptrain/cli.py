@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -13,19 +12,18 @@ from pathlib import Path
 import yaml
 
 from ddptrain import inspection
-from ddptrain.claim import launching
 from ddptrain.command_line import parse
 from ddptrain.compose import compose, to_plain
-from ddptrain.config import Config, Resume, check_world_size
+from ddptrain.config import Resume, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.parent import end_with_parent
 from ddptrain.place import Place
 from ddptrain.remembered import LAUNCHED, compose_once
 from ddptrain.resilience.failure import is_first_to_say, may_pass, tell_agent
-from ddptrain.resilience.preemption import StopRequest
+from ddptrain.resilience.preemption import listen
 from ddptrain.resilience.stopped import end_if_stopped
-from ddptrain.run_directory import RunDirectory, check_launch, open_directory
+from ddptrain.run_directory import RunDirectory, check_launch
 from ddptrain.screen import say
 from ddptrain.snapshot import make_importable
 
@@ -67,15 +65,6 @@ def _refuse_unknown_command(given: list[str]) -> None:
         raise Refused(f"unknown command {given[0]}; {hint}")
 
 
-def _listen(place: Place) -> StopRequest:
-    """Heed signals from the first moment on; the agent's end is one, too."""
-    stop_request = StopRequest(place)
-    stop_request.listen()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGTERM)
-    return stop_request
-
-
 def _refuse_under_torchrun(command: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise Refused(
@@ -100,7 +89,9 @@ def _train(parsed: argparse.Namespace) -> int:
         from ddptrain.launch.combinations import combination
 
         overrides = combination(overrides, parsed.trial)
-    return _start(compose(overrides), overrides)
+    from ddptrain.launch.start import start
+
+    return start(compose(overrides), overrides)
 
 
 def _submit(parsed: argparse.Namespace) -> int:
@@ -113,43 +104,11 @@ def _submit(parsed: argparse.Namespace) -> int:
     return submit(config, parsed.overrides, parsed.dry_run)
 
 
-def _start(config: Config, overrides: list[str], rerun_of: str | None = None) -> int:
-    """Start the ranks of one run on this machine and wait for them."""
-    phases = Phases()
-    from ddptrain.launch.allocation import Allocation
-    from ddptrain.launch.slurm import launch_on
-
-    allocation = Allocation.here()
-    if allocation is not None:
-        allocation.find_itself(config)
-    check_launch(config)
-    if config.launch.nproc_per_node != "auto":
-        nodes = 1 if allocation is None else allocation.nodes
-        check_world_size(config, nodes * int(config.launch.nproc_per_node))
-    if allocation is not None:
-        run = open_directory(config, overrides, rerun_of)
-        with launching(run.path):
-            return launch_on(allocation, run, config)
-    from ddptrain.launch.local import count_ranks, launch_ranks
-
-    ranks = count_ranks(config)
-    check_world_size(config, ranks)
-    run = open_directory(config, overrides, rerun_of)
-    with launching(run.path):
-        if ranks > 1 or config.launch.max_restarts:
-            run.launch(config)
-            return launch_ranks(run, config, ranks)
-        from ddptrain.launch.worker import run_rank
-
-        stop_request = _listen(Place())
-        return run_rank(config, Place(), phases, overrides=overrides, stop_request=stop_request)
-
-
 def _rank(parsed: argparse.Namespace) -> int:
     """Be one rank, under torchrun or alone."""
     phases = Phases()
     place = Place.from_environment()
-    stop_request = _listen(place)
+    stop_request = listen(place)
     config = compose_once(parsed.overrides, place)
     check_world_size(config, place.world_size)
     end_if_stopped(config.resilience.hang_seconds)
@@ -167,7 +126,7 @@ def _worker(parsed: argparse.Namespace) -> int:
     """Be one rank that ``ddptrain train`` has started."""
     phases = Phases()
     place = Place.from_environment()
-    stop_request = _listen(place)
+    stop_request = listen(place)
     config = RunDirectory(parsed.run).load_launched()
     if parsed.again:
         config.run.resume = Resume.auto
@@ -233,6 +192,7 @@ def _config(parsed: argparse.Namespace) -> int:
 
 def _rerun(parsed: argparse.Namespace) -> int:
     _refuse_under_torchrun("rerun")
+    from ddptrain.launch.start import start
     from ddptrain.observe.difference import since
 
     run = RunDirectory(parsed.run.absolute())
@@ -245,7 +205,7 @@ def _rerun(parsed: argparse.Namespace) -> int:
     before = run.outcome()
     if config.launch.nproc_per_node == "auto" and before:
         config.launch.nproc_per_node = str(before["world_size"])  # which torchrun had chosen
-    code = _start(config, provenance.get("overrides", []), rerun_of=str(run.path))
+    code = start(config, provenance.get("overrides", []), rerun_of=str(run.path))
     again = RunDirectory(Path(str(config.run.dir)))
     if code == EXIT_COMPLETED and before:
         if again.outcome()["weights_sha256"] == before["weights_sha256"]:

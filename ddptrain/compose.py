@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast, get_origin, get_type_hints
@@ -49,18 +51,11 @@ def options(group: str) -> list[str]:
 
 def compose(overrides: list[str]) -> Config:
     """Compose and check a config. Raises ``Refused`` with one line that names the key."""
-    make_importable()
-    arguments = hydra_arguments(overrides)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_trees()[0]), version_base="1.3"):
-            composed = hydra_compose("config", arguments, return_hydra_config=True)
-        experiment = composed.hydra.runtime.choices.get("experiment")
-        with open_dict(composed):
-            del composed["hydra"]
-            _set_whole_sections(composed, overrides)
-    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise _refusal(error, experiment_of(overrides)) from None
+    composed = _composed(overrides)
+    experiment = composed.hydra.runtime.choices.get("experiment")
+    with _refusing(overrides), open_dict(composed):
+        del composed["hydra"]
+        _set_whole_sections(composed, overrides)
     if "experiment" in composed:
         raise _headless(experiment)
     config = validate(_resolved(composed))
@@ -73,12 +68,23 @@ def hydra_settings(overrides: list[str]) -> DictConfig:
 
     Raises ``Refused``.
     """
-    make_importable()
     alike = [str(o.input_line) for o in parse(overrides) if not o.is_sweep_override()]
+    return _composed(alike, sweep=True)
+
+
+def _composed(overrides: list[str], sweep: bool = False) -> DictConfig:
+    make_importable()
+    arguments = hydra_arguments(overrides, sweep)
     GlobalHydra.instance().clear()
+    with _refusing(overrides), initialize_config_dir(str(config_trees()[0]), version_base="1.3"):
+        return hydra_compose("config", arguments, return_hydra_config=True)
+
+
+@contextmanager
+def _refusing(overrides: list[str]) -> Iterator[None]:
+    """Have what Hydra does not take told in one line."""
     try:
-        with initialize_config_dir(str(config_trees()[0]), version_base="1.3"):
-            return hydra_compose("config", hydra_arguments(alike, sweep=True), True)
+        yield
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise _refusal(error, experiment_of(overrides)) from None
 
@@ -141,10 +147,8 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
             OmegaConf.select(composed, key)
         except OmegaConfBaseException as error:
             raise Refused(f"{key}: {_first_line(error)}") from None
-    try:
+    with _refusing([]):
         return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
-    except OmegaConfBaseException as error:
-        raise _refusal(error) from None
 
 
 def experiment_of(overrides: list[str]) -> str:

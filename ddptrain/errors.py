@@ -30,6 +30,10 @@ class Refused(TrainingError):
     exit_code = EXIT_REFUSED
 
 
+class Disagreement(Refused):
+    """Ranks that have to be alike are not: each of them says the same, which names both."""
+
+
 class DataError(TrainingError):
     """A data set failed at a sample; the message names the data set and the index."""
 

@@ -177,8 +177,8 @@ class Trainer(Run):
         self.ranks.barrier()  # nobody leaves before it is on disk
         raise Stopped(
             f"stopped after step {self.done} of {self.total_steps} with a checkpoint, on "
-            f"{self.stop_request.signal or 'the wish of another rank'}; started again with the "
-            "same run.dir, it goes on"
+            f"{self.stop_request.signal or 'the wish of another rank'}; started again with "
+            f"{self.observer.run.argument}, it goes on"
         )
 
     def finish(self) -> dict[str, float]:

@@ -7,37 +7,38 @@ import socket
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
 from tempfile import gettempdir
 from typing import Any
 from uuid import uuid4
 
 import yaml
-from yaml.constructor import ConstructorError
 
 from ddptrain.claim import LAUNCH_LOCK, LOCK, Lock
-from ddptrain.compose import config_trees, flatten, to_plain, validate
-from ddptrain.config import EXECUTION_ONLY, Config, Resume
+from ddptrain.compose import to_plain, validate
+from ddptrain.config import Config, Resume
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.files import LASTING, make_new, read_json, replace_text
 from ddptrain.origin import DIFF, origin, uncommitted
+from ddptrain.overrides import override
+from ddptrain.screen import short
+from ddptrain.stored import defaults, differences, fill, read_yaml
 
 NODE_MEMORY = Path("/dev/shm")
 """Files in memory, which outlive the process that wrote them."""
-SETTINGS = (
-    "train", "parallel", "checkpoint", "log", "resilience", "data", "eval", "launch", "slurm", "run"
-)  # fmt: skip
-"""Sections whose keys are the framework's own; the others are built by what they name."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths of one run. `ls` shows the same names.
 
-    ``told`` is its identity, for a node whose file system is not that of the first.
+    ``told`` is its identity, for a node whose file system is not that of the first. ``is_new`` says
+    that it was not there before this process.
     """
 
     path: Path
     told: str = ""
+    is_new: bool = False
 
     @property
     def config(self) -> Path:
@@ -115,6 +116,16 @@ class RunDirectory:
     def export(self) -> Path:
         return self.path / "model.safetensors"
 
+    @property
+    def argument(self) -> str:
+        """What one gives a command that is to go on with this run."""
+        return override("run.dir", short(self.path))
+
+    def leave_no_trace(self) -> None:
+        """Be gone, if it was made for a start that has been refused, and holds none before it."""
+        if self.is_new and not self.attempts.exists():
+            rmtree(self.path, ignore_errors=True)
+
     def load(self) -> Config:
         """Return the stored config. Raises ``Refused``, also if it names what may run code.
 
@@ -128,9 +139,9 @@ class RunDirectory:
 
     def stored(self, file: Path | None = None) -> dict[str, Any]:
         """The stored config unchecked: to look at, whatever has become of what it names."""
-        plain = _read_yaml(file or self.config)
+        plain = read_yaml(file or self.config)
         plain.pop("provenance", None)
-        return _filled(_defaults(), plain)
+        return fill(defaults(), plain)
 
     def _read(self, file: Path) -> Config:
         filled = self.stored(file)
@@ -153,7 +164,7 @@ class RunDirectory:
 
     def provenance(self) -> dict[str, Any]:
         """Return what was stored about the run's code: versions, commit, overrides, original."""
-        return dict(_read_yaml(self.config).get("provenance", {}))
+        return dict(read_yaml(self.config).get("provenance", {}))
 
     @property
     def trial(self) -> Path:
@@ -207,9 +218,11 @@ def open_directory(
     wanted = Path(config.run.dir or Path("runs") / str(config.run.name)).absolute()
     try:
         if config.run.dir is None:
-            wanted = make_new(wanted)
+            wanted, is_new = make_new(wanted), True
+        else:
+            is_new = not wanted.exists()
         wanted.mkdir(parents=True, exist_ok=True)
-        run = RunDirectory(wanted)
+        run = RunDirectory(wanted, is_new=is_new)
         config.run.dir = str(run.path)
         _describe(run, config, overrides, rerun_of)
     except OSError as error:
@@ -231,70 +244,3 @@ def _describe(
         run.code_diff.write_text(uncommitted())
         stored = {**to_plain(config), "provenance": provenance}
         replace_text(run.config, yaml.safe_dump(stored, sort_keys=False))
-
-
-def _defaults() -> dict[str, Any]:
-    """The framework's own sections, as the built-in tree has them."""
-    tree = config_trees()[0]
-    root = _read_yaml(tree / "config.yaml")
-    chosen = {group: name for entry in root.pop("defaults") if isinstance(entry, dict)
-              for group, name in entry.items() if name is not None}  # fmt: skip
-    return {
-        section: _read_yaml(tree / section / f"{chosen[section]}.yaml")
-        if chosen.get(section)
-        else root[section]
-        for section in SETTINGS
-    }
-
-
-def _filled(known: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """``plain``, with those of the ``known`` entries that it lacks."""
-    filled = {
-        key: _filled(known[key], value)
-        if isinstance(value, dict) and isinstance(known.get(key), dict)
-        else value
-        for key, value in plain.items()
-    }
-    return {**known, **filled}
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        plain = yaml.safe_load(file.read_text())
-    except LASTING as error:
-        raise Refused(f"{file.parent}: not a run: {error.strerror}: {file}") from None
-    except OSError as error:  # a disk that is away, and may be back at the next try
-        raise TrainingError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"{file}: not YAML, and no text: {error}; nothing of it was read") from None
-    except ConstructorError as error:
-        where = error.problem_mark
-        raise Refused(
-            f"{file}: line {where.line + 1 if where else '?'}: {error.problem}; a config holds "
-            "plain values, and no tag was followed, because one can run code; take it out"
-        ) from None
-    except yaml.YAMLError as error:
-        raise Refused(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(plain, dict):
-        raise Refused(f"{file}: not a config")
-    return plain
-
-
-def differences(stored: Config, now: Config) -> list[str]:
-    """``key: stored → now`` for every key that changes what is computed."""
-    return changes(computed(stored), computed(now))
-
-
-def computed(config: Config) -> dict[str, Any]:
-    """The keys and values that decide what a run computes."""
-    flat = flatten(to_plain(config))
-    return {key: value for key, value in flat.items() if not key.startswith(EXECUTION_ONLY)}
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old → new`` for every key of two flat mappings that differs."""
-    return [
-        f"{key}: {old.get(key, 'not set')!s} → {new.get(key, 'not set')!s}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 
@@ -13,6 +14,12 @@ def show_cursor() -> None:
     if sys.stdout.isatty():
         with suppress(OSError):
             os.write(1, b"\r\n\x1b[?25h")
+
+
+def short(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

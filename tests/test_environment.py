@@ -136,7 +136,7 @@ def test_machines_with_other_configs_are_refused_by_key(project: Path) -> None:
     )
     for code, told in ended:
         assert code == 2
-        assert "rank 1 (" in only_line(told)
+        assert only_line(told).startswith("ddptrain: rank 1 (")
         assert "was started with another config than rank 0" in told
         assert "optim.lr: 0.5, not " in told
 
@@ -181,6 +181,16 @@ def test_gpus_that_are_not_there_are_refused(project: Path, ranks: int) -> None:
     assert finished.returncode == 2
     assert "train.device=cuda: torch" in finished.stderr.strip().splitlines()[-1]
     assert "set train.device=cpu" in finished.stderr
+    assert not list(project.glob("runs/*/*"))
+
+
+def test_what_is_refused_leaves_a_run_that_was_there(project: Path) -> None:
+    named = [*DDPTRAIN, "train", *SHORT, "run.dir=runs/mine"]
+    assert run(named, project).returncode == 0
+    (project / "runs" / "mine" / "result.json").unlink()
+    assert run([*named, "train.device=cuda", "run.resume=never"], project).returncode == 2
+    assert run([*named, "train.device=cuda"], project).returncode == 2
+    assert (project / "runs" / "mine" / "attempts.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "gene
           "failpoints", "lagging", "pulse", "processes", "beside",
           "marks"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
-                  "run_directory", "snapshot", "state", "trust"}  # fmt: skip
+                  "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -48,7 +48,9 @@ ALLOWED: dict[str, set[str]] = {
     "snapshot": {"origin"},
     "compose": {"config", "errors", "overrides", "snapshot", "targets", "trust"},
     "origin": set(),
-    "run_directory": {"claim", "compose", "config", "errors", "files", "origin"},
+    "stored": {"compose", "config", "errors", "files"},
+    "run_directory": {"claim", "compose", "config", "errors", "files", "origin", "overrides",
+                      "screen", "stored"},
     "remembered": {"compose", "config", "files", "place"},
     # The parts know nothing of each other, nor of the config: a user may use one alone.
     "models": set(),

@@ -23,8 +23,6 @@ from ddptrain.errors import (
 )
 from ddptrain.launch.agent import DDPTRAIN, Asked, Failure, heard, start_ranks
 from ddptrain.observe.loggers import read_json_lines
-from ddptrain.observe.result import short
-from ddptrain.overrides import override
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say, show_cursor
@@ -158,7 +156,7 @@ def _stopped(run: RunDirectory, asked: signal.Signals, otherwise: tuple[int, str
         "completed": (EXIT_COMPLETED, "it was completed all the same"),
         "stopped": (EXIT_STOPPED, "stopped, with a checkpoint; start it again to go on"),
     }.get(str(status), otherwise)
-    again = f"start it again with {override('run.dir', short(run.path))}"
+    again = f"start it again with {run.argument}"
     how = how.partition(";")[0] if parent.sweep else how.replace("start it again", again)
     say(f"{asked.name}: {run.path}: {how}", sys.stderr)
     return code

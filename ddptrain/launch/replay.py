@@ -32,12 +32,12 @@ from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
 from ddptrain.observe.difference import since
 from ddptrain.observe.phases import Phases
-from ddptrain.observe.result import short
 from ddptrain.optim.guard import FINE, Verdict
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory, open_directory
+from ddptrain.screen import short
 from ddptrain.setbacks import FAULTS, describe
 from ddptrain.state import State, load_model, on_host
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from shlex import quote
-from shutil import rmtree
 
 from ddptrain.config import Config, SlurmConfig
 from ddptrain.errors import EXIT_COMPLETED, Refused, TrainingError
 from ddptrain.files import make_new, replace_text
 from ddptrain.launch.allocation import ask
-from ddptrain.observe.result import short
 from ddptrain.overrides import override
 from ddptrain.run_directory import RunDirectory, open_directory
-from ddptrain.screen import say
+from ddptrain.screen import say, short
 from ddptrain.snapshot import CODE, copy_code
 
 
@@ -30,7 +28,6 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
         print(script(config, overrides, run, run.path / "code" / "<time>-<letters>"), end="")
         return EXIT_COMPLETED
     ask("sbatch", "--version")
-    is_new = config.run.dir is None or not Path(config.run.dir).exists()
     run = open_directory(config, overrides)
     code = make_new(run.path / "code")
     for name in copy_code(code):
@@ -41,8 +38,7 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
     try:
         job = ask("sbatch", "--parsable", str(file)).strip().partition(";")[0]
     except TrainingError as error:
-        if is_new:
-            rmtree(run.path)
+        run.leave_no_trace()
         raise Refused(str(error)) from None
     print(
         f"job          {job}\nrun          {short(run.path)}\n"

@@ -28,9 +28,9 @@ from ddptrain.launch.combinations import check_values, in_order, ranges
 from ddptrain.launch.jobs import followed, refuse_queued
 from ddptrain.launch.resources import wanted
 from ddptrain.launch.trial import FOLDER, SWEEP, Outcome, apart, run_of, run_trial
-from ddptrain.observe.result import short
 from ddptrain.overrides import override, parse
 from ddptrain.processes import born
+from ddptrain.screen import short
 
 GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 SEARCH = "hydra_plugins.ddptrain_optuna.OptunaSweeper"

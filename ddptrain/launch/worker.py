@@ -38,8 +38,7 @@ from ddptrain.launch.patience import meeting_seconds
 from ddptrain.loop import Trainer
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases
-from ddptrain.observe.result import short, summarise, write_result
-from ddptrain.overrides import override
+from ddptrain.observe.result import summarise, write_result
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place, choose_interface
@@ -217,9 +216,6 @@ class Attempt:
         faulthandler.dump_traceback_later(RESCUE_SECONDS + LAST_RESORT_SECONDS, exit=True)
         ignore_children()
         note(error)
-        if isinstance(error, Stopped) and self.run is not None:
-            again = override("run.dir", short(self.run.path))
-            error = Stopped(str(error).replace("the same run.dir", again))
         context = "" if self.trainer is None else where(self.trainer, error)
         told = error, self.place, context, on_screen, self.stop_request.heard
         waits = is_of_peer(error)  # for the rank with the cause to speak first

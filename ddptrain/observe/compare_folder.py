@@ -14,10 +14,9 @@ from ddptrain.errors import EXIT_COMPLETED, Refused, TrainingError
 from ddptrain.files import LASTING
 from ddptrain.observe.comparison import MARK, Comparison, RunRecord, is_of_an_earlier_comparison
 from ddptrain.observe.loggers import open_writer
-from ddptrain.observe.result import short
 from ddptrain.observe.values import number, shown
 from ddptrain.run_directory import RunDirectory
-from ddptrain.screen import say
+from ddptrain.screen import say, short
 
 NOTE = "Rows that `ddptrain compare` wrote; the next one into this folder replaces them.\n"
 REMEDY = "name another folder with --output"

@@ -11,7 +11,8 @@ from ddptrain.errors import Refused
 from ddptrain.files import read_json
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.origin import origin
-from ddptrain.run_directory import RunDirectory, changes
+from ddptrain.run_directory import RunDirectory
+from ddptrain.stored import changes
 
 Record = dict[str, Any]
 ROUNDING = 1e-4

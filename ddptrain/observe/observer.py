@@ -20,8 +20,9 @@ from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
 from ddptrain.origin import versions
-from ddptrain.run_directory import RunDirectory, changes, computed
+from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say
+from ddptrain.stored import changes, computed
 
 logger = logging.getLogger(__name__)
 

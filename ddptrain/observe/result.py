@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ddptrain.files import replace_text
 from ddptrain.observe.faults import noted_faults
 from ddptrain.run_directory import RunDirectory
+from ddptrain.screen import short
 
 
 def write_result(run: RunDirectory, result: dict[str, Any]) -> None:
@@ -55,9 +55,3 @@ def _of_faults(run: RunDirectory) -> list[str]:
         return []
     count = f"{len(steps)} step{'s' if len(steps) > 1 else ''}, in {run.anomalies.name}"
     return [f"at fault     {count}; to see why: ddptrain replay {short(run.path)} {steps[-1]}"]
-
-
-def short(path: Path) -> str:
-    """A path as one would type it here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

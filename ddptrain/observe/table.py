@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ddptrain.observe.comparison import Comparison, RunRecord
-from ddptrain.observe.result import short
 from ddptrain.observe.values import NOT_SET, digits, printable, shown
+from ddptrain.screen import short
 
 UNLIMITED = 1_000_000
 

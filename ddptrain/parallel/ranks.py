@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from ddptrain import pulse
-from ddptrain.errors import Refused
+from ddptrain.errors import Disagreement, Refused
 from ddptrain.parallel.meeting_point import open_store
 from ddptrain.parallel.roll_call import Attempt, Process, exchange, meet
 from ddptrain.place import Place
@@ -115,7 +115,7 @@ class Ranks:
     def agree(
         self, mine: dict[str, Any], differs: str, remedy: str, shared_only: bool = False
     ) -> None:
-        """Raise ``Refused`` on every rank if one has other entries than rank 0.
+        """Raise ``Disagreement`` on every rank if one has other entries than rank 0.
 
         It reads "rank 1 (its host) <differs> rank 0 (its host): key: its value, not rank 0's;
         <remedy>". With ``shared_only`` an entry that one of the two does not have at all is none.
@@ -130,7 +130,7 @@ class Ranks:
                 if first.get(key) != other.get(key)
             ]:
                 one, other_one = self.name_of(rank), self.name_of(0)
-                raise Refused(f"{one} {differs} {other_one}: {'; '.join(different)}; {remedy}")
+                raise Disagreement(f"{one} {differs} {other_one}: {'; '.join(different)}; {remedy}")
 
     def tell(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         """What every rank tells, in rank order: plain values, for this needs no group."""

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddptrain import files
-from ddptrain.errors import EXIT_FAILED, DataAway, DataError, LostWorker, PeerFailed, TrainingError
+from ddptrain.errors import (
+    EXIT_FAILED,
+    DataAway,
+    DataError,
+    Disagreement,
+    LostWorker,
+    PeerFailed,
+    TrainingError,
+)
 from ddptrain.place import Place
 from ddptrain.screen import say
 
@@ -49,7 +57,8 @@ def exit_with(
             f"a collective failed, most likely because another rank has left ({summary(error)}); "
             "the first error is in that rank's log"
         )
-    line = f"{place.name}: {context}{summary(error)}"
+    speaker = "ddptrain" if isinstance(error, Disagreement) else place.name
+    line = f"{speaker}: {context}{summary(error)}"
     details = _details(error)
     logger.debug("reported:\n%s", line)
     tell_agent(f"{details}{line}", may_pass=may_pass(error))

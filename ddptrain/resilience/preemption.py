@@ -32,6 +32,15 @@ Rescue = Callable[[float, float], str | None]
 """Saves until the first moment, and copies to the store until the second."""
 
 
+def listen(place: Place) -> StopRequest:
+    """Heed signals from the first moment on; the agent's end is one, too."""
+    stop_request = StopRequest(place)
+    stop_request.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parent.end_with_parent(signal.SIGTERM)
+    return stop_request
+
+
 class StopRequest:
     """Whether this rank was asked to stop, and by which signal.
 
