@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 from ddptrain.errors import EXIT_REFUSED, Refused
 
@@ -43,6 +44,7 @@ class Place:
                 f"{', '.join(present)} set but not {', '.join(missing)}: start the ranks with "
                 "torchrun or `ddptrain train`, which set them all, or unset them for one rank"
             )
+        _refuse_torchruns()
         rank, world_size = _number("RANK"), _number("WORLD_SIZE")
         if rank >= world_size:
             raise Refused(
@@ -129,16 +131,42 @@ def address_towards(others: Iterable[str]) -> str | None:
 
 
 def refuse_tasks() -> None:
-    """Refuse to be one of several processes of srun, each of which would be a run of its own.
+    """Refuse to be one of several processes of srun, each of which would be a run of its own."""
+    _refuse_tasks(
+        "of these, and each would be a run of its own: leave srun out, for in a batch script or "
+        "under salloc `ddptrain train` starts the ranks on all nodes; or have srun start one "
+        "(--ntasks=1), for the ranks of one node"
+    )
 
-    The first of them says so, for all.
+
+def _refuse_torchruns() -> None:
+    """Refuse to be a rank of one of several torchruns that know nothing of each other."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if os.environ.get("GROUP_WORLD_SIZE") == "1" and (name == "none" or _is_of_standalone(name)):
+        _refuse_tasks(
+            "torchruns, and each would be a run of its own: give them --nnodes, and one --rdzv-id "
+            "and --rdzv-endpoint; or leave both out, for in a batch script or under salloc "
+            "`ddptrain train` starts the ranks on all nodes"
+        )
+
+
+def _is_of_standalone(name: str) -> bool:
+    """Whether a torchrun has named its run itself, so that no other can have the same name."""
+    with suppress(ValueError):
+        return UUID(name).version == 4
+    return False
+
+
+def _refuse_tasks(why: str) -> None:
+    """Raise ``Refused`` in the first of several processes of srun; the others end in silence.
+
+    But not in the one that srun has given a terminal: there sits a person, and what the others were
+    to be, such as shells, finds nothing to read.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1:
-        if os.environ.get("SLURM_PROCID", "0") != "0":
-            sys.exit(EXIT_REFUSED)
-        raise Refused(
-            f"srun has started {tasks} of these, and each would be a run of its own: leave srun "
-            "out, for in a batch script or under salloc `ddptrain train` starts the ranks on all "
-            "nodes; or have srun start one (--ntasks=1), for the ranks of one node"
-        )
+    number = os.environ.get("SLURM_PROCID", "0")
+    if tasks == 1 or (number == "0" and "SLURM_PTY_PORT" in os.environ):
+        return
+    if number != "0":
+        sys.exit(EXIT_REFUSED)
+    raise Refused(f"srun has started {tasks} {why}")

@@ -195,10 +195,13 @@ def test_one_process_of_srun_trains_alone(slurm: Cluster, tmp_path: Path) -> Non
 
 
 def test_an_interactive_step_trains_with_ranks_of_its_own(slurm: Cluster, tmp_path: Path) -> None:
-    """srun gives it a terminal, which it has to have one itself for."""
-    command = " ".join(["srun --pty", *TRAIN, "train.max_steps=4", "launch.nproc_per_node=2"])
+    """srun gives the first task a terminal, which it has to have one itself for."""
+    command = " ".join(
+        ["srun --ntasks=2 --pty", *TRAIN, "train.max_steps=4", "launch.nproc_per_node=2"]
+    )
     done = slurm.run(tmp_path, "script", "-qec", f"{command} run.dir=mine", "/dev/null")
-    assert done.returncode == 0, done.stdout
+    assert "completed after 4 steps" in done.stdout
+    assert len(list(tmp_path.rglob("config.yaml"))) == 1
     result = json.loads((tmp_path / "mine" / "result.json").read_text())
     assert (result["status"], result["world_size"]) == ("completed", 2)
 
@@ -212,6 +215,17 @@ def test_several_processes_of_srun_are_refused(
     told = [line for line in done.stderr.splitlines() if line.startswith("ddptrain: ")]
     assert len(told) == 1
     assert "srun has started 2 of these, and each would be a run of its own" in told[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("alone", ["--standalone", "--nnodes=1"])
+def test_several_torchruns_of_srun_are_refused(slurm: Cluster, tmp_path: Path, alone: str) -> None:
+    torchrun = ("python", "-m", "torch.distributed.run", alone, "--nproc-per-node=1")
+    done = slurm.run(
+        tmp_path, "srun", "--nodes=2", "--ntasks=2", *torchrun, "-m", "ddptrain", *OVERRIDES
+    )
+    assert done.returncode == 1
+    assert "ddptrain: srun has started 2 torchruns, and each would be a run of" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
