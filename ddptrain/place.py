@@ -6,14 +6,13 @@ import fcntl
 import os
 import socket
 import struct
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
 
-from ddptrain.errors import EXIT_REFUSED, Refused
+from ddptrain.errors import Refused
+from ddptrain.srun import refuse_tasks, refuse_torchruns
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process that it starts."""
@@ -44,7 +43,7 @@ class Place:
                 f"{', '.join(present)} set but not {', '.join(missing)}: start the ranks with "
                 "torchrun or `ddptrain train`, which set them all, or unset them for one rank"
             )
-        _refuse_torchruns()
+        refuse_torchruns()
         rank, world_size = _number("RANK"), _number("WORLD_SIZE")
         if rank >= world_size:
             raise Refused(
@@ -96,9 +95,25 @@ def own_address(interface: str | None = None) -> str | None:
     return None if first is None else address_towards([first])
 
 
+def open_port(port: int = 0) -> socket.socket:
+    """A socket that listens on all addresses of this machine; 0 is a port that is free."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
 def interface_of(address: str) -> str | None:
     """The network interface that has a numeric ``address``; None if none here has it."""
     return next((name for known, name in _addresses() if known == address), None)
+
+
+def is_here(address: str) -> bool:
+    """Whether a numeric ``address`` is one of this machine's, the second of an interface too."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
+        asked.bind((address, 0))
+        return True
+    return False
 
 
 def _addresses() -> Iterator[tuple[str, str]]:
@@ -128,45 +143,3 @@ def address_towards(others: Iterable[str]) -> str | None:
                     way.connect(target)  # sends nothing
                     return str(way.getsockname()[0])
     return None
-
-
-def refuse_tasks() -> None:
-    """Refuse to be one of several processes of srun, each of which would be a run of its own."""
-    _refuse_tasks(
-        "of these, and each would be a run of its own: leave srun out, for in a batch script or "
-        "under salloc `ddptrain train` starts the ranks on all nodes; or have srun start one "
-        "(--ntasks=1), for the ranks of one node"
-    )
-
-
-def _refuse_torchruns() -> None:
-    """Refuse to be a rank of one of several torchruns that know nothing of each other."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if os.environ.get("GROUP_WORLD_SIZE") == "1" and (name == "none" or _is_of_standalone(name)):
-        _refuse_tasks(
-            "torchruns, and each would be a run of its own: give them --nnodes, and one --rdzv-id "
-            "and --rdzv-endpoint; or leave both out, for in a batch script or under salloc "
-            "`ddptrain train` starts the ranks on all nodes"
-        )
-
-
-def _is_of_standalone(name: str) -> bool:
-    """Whether a torchrun has named its run itself, so that no other can have the same name."""
-    with suppress(ValueError):
-        return UUID(name).version == 4
-    return False
-
-
-def _refuse_tasks(why: str) -> None:
-    """Raise ``Refused`` in the first of several processes of srun; the others end in silence.
-
-    But not in the one that srun has given a terminal: there sits a person, and what the others were
-    to be, such as shells, finds nothing to read.
-    """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    number = os.environ.get("SLURM_PROCID", "0")
-    if tasks == 1 or (number == "0" and "SLURM_PTY_PORT" in os.environ):
-        return
-    if number != "0":
-        sys.exit(EXIT_REFUSED)
-    raise Refused(f"srun has started {tasks} {why}")

@@ -17,6 +17,12 @@ def _fields(pid: int | str) -> list[str]:
         return []
 
 
+def parent_of(pid: int) -> int:
+    """The number of the process that a process is a child of; 0 if it is gone, or has none."""
+    fields = _fields(pid)
+    return int(fields[1]) if fields else 0
+
+
 def born(pid: int) -> str:
     """When a process started, in ticks since boot: with its number, its name for good."""
     fields = _fields(pid)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from base64 import b85decode, b85encode
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
+from zlib import compress, decompress
 
 from omegaconf import OmegaConf
 
@@ -26,10 +28,10 @@ def compose_once(overrides: list[str], place: Place) -> Config:
     nodes has composed it for all. Raises ``Refused``.
     """
     if LAUNCHED in os.environ:
-        return launched(os.environ[LAUNCHED])
+        return unpacked(os.environ[LAUNCHED])
     file = _file(place)
     if file is not None and place.restarts > 0 and file.exists():
-        return launched(file.read_text())
+        return _launched(file.read_text())
     config = compose(overrides)
     if file is not None:
         with suppress(OSError):  # it is composed again then
@@ -37,7 +39,17 @@ def compose_once(overrides: list[str], place: Place) -> Config:
     return config
 
 
-def launched(text: str) -> Config:
+def packed(config: Config) -> str:
+    """A config for ``LAUNCHED``: a variable takes 128 KiB, and a config may list many files."""
+    return b85encode(compress(json.dumps(to_plain(config)).encode())).decode()
+
+
+def unpacked(text: str) -> Config:
+    """The config that was ``packed``."""
+    return _launched(decompress(b85decode(text)).decode())
+
+
+def _launched(text: str) -> Config:
     """The config that was composed and checked before."""
     typed = OmegaConf.merge(OmegaConf.structured(Config), json.loads(text))
     return cast("Config", OmegaConf.to_object(typed))

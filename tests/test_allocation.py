@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,6 @@ def test_a_job_that_is_requeued_waits_for_the_start_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It may live on, on a node that Slurm has lost."""
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.chdir(PROJECT)
     config = compose(["experiment=ragged", f"run.dir={tmp_path}", "run.resume=never"])
     holder = subprocess.Popen(
@@ -102,7 +102,7 @@ def test_a_job_that_is_requeued_waits_for_the_start_before(
     with holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        JOB.find_itself(config)
+        replace(JOB, has_been_requeued=True).find_itself(config)
         assert holder.wait() == 0
     assert f"is in use by process {holder.pid} on " in capsys.readouterr().err
     assert config.run.resume is Resume.auto

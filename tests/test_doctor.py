@@ -15,7 +15,7 @@ from chaos.machine import small_disk
 from launching import DDPTRAIN, LIMIT_SECONDS, PROJECT, TORCHRUN, run
 
 from ddptrain.launch.findings import GB, MB, Finding, State, judge, judge_speed
-from ddptrain.launch.machine import Machine
+from ddptrain.launch.machine import Machine, room_in_groups
 from ddptrain.launch.probes import Probes
 
 CHECKS = [
@@ -271,3 +271,22 @@ def test_a_link_that_is_hardly_used_is_told(
     assert finding.state.name == state
     share = (1 << 26) * 8 / seconds / 10e9
     assert f"{share:.0%} of the slowest link's 10 Gbit/s" in finding.found
+
+
+def test_a_jobs_memory_is_that_of_the_least_of_its_groups(tmp_path: Path) -> None:
+    """As the kernel writes them, in both versions; what has no limit says "max", or a lot."""
+    for path, limit in {"": "max", "slurm": str(9 * GB), "slurm/job_7": str(3 * GB)}.items():
+        folder = tmp_path / path
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{2 * GB}\n")
+        (folder / "memory.stat").write_text(f"anon {GB}\ninactive_file {GB}\n")
+    assert min(room_in_groups("0::/slurm/job_7\n", tmp_path)) == 2 * GB
+    assert min(room_in_groups("0::/slurm/elsewhere\n", tmp_path)) == 8 * GB
+    first = tmp_path / "memory" / "slurm"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text(str(GB))
+    (first / "memory.usage_in_bytes").write_text(str(GB // 2))
+    (first / "memory.stat").write_text("total_inactive_file 0\n")
+    groups = "5:cpu,memory:/slurm/x\n1:name=systemd:/a:b\n"
+    assert room_in_groups(groups, tmp_path) == [GB - GB // 2]

@@ -16,7 +16,7 @@ ROOT = Path(ddptrain.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "generators", "hashing",
-          "failpoints", "lagging", "pulse", "processes", "beside",
+          "srun", "failpoints", "lagging", "pulse", "processes", "beside",
           "marks"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
                   "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "claim": {"errors", "files", "screen"},
     "screen": set(),
-    "place": {"errors"},
+    "srun": {"errors", "processes"},
+    "place": {"errors", "srun"},
     "generators": set(),
     "parent": set(),
     "failpoints": set(),

@@ -404,20 +404,26 @@ def test_shuffled_trials_have_their_order_for_good(project: Path) -> None:
 def test_a_trials_job_asks_for_what_the_cluster_is_said_to_need() -> None:
     slurm = {"nodes": 1, "time": "1-02:30", "sbatch": ["--constraint=a100", "--exclusive"]}
     slurm["srun"] = ["--container-image=a b"]
-    ours = DictConfig({"launcher": {"timeout_min": None}})
+    ours = DictConfig({"launcher": {"_target_": "a.SlurmLauncher", "timeout_min": None}})
     assert wanted(ours, DictConfig(slurm)) == [
         "hydra.launcher.timeout_min=1590",
         "++hydra.launcher.additional_parameters.constraint=a100",
         "++hydra.launcher.additional_parameters.exclusive=true",
         '++hydra.launcher.srun_args=["--container-image=a b"]',
     ]
-    assert not wanted(DictConfig({"launcher": {"timeout_min": 5}}), DictConfig(slurm))
+    assert not wanted(DictConfig({"launcher": {"_target_": "a.Local"}}), DictConfig(slurm))
+    with pytest.raises(Refused, match=r"slurm\.sbatch: -C a100: "):
+        wanted(ours, DictConfig(slurm | {"sbatch": ["-C a100"]}))
     with pytest.raises(Refused, match="has one node"):
         wanted(ours, DictConfig(slurm | {"nodes": 2}))
-    times = ("30", "30:01", "1:00:00", "2-3", "2-3:04", "2-3:04:05")
-    assert [minutes(time) for time in times] == [30, 31, 60, 3060, 3064, 3065]
+    ours.launcher.timeout_min = 5
+    assert len(wanted(ours, DictConfig(slurm))) == 3
+    times = ("30:01", "1:00:00", "2-3", "2-3:04", "2-3:04:05")
+    assert [minutes(time) for time in times] == [31, 60, 3060, 3064, 3065]
     with pytest.raises(Refused, match="expected a time of Slurm"):
         minutes("soon")
+    with pytest.raises(Refused, match='put it in quotes, time: "12:00:00"'):
+        minutes("43200")
 
 
 def test_a_value_is_refused_if_no_trial_can_have_it() -> None:

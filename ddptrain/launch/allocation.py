@@ -7,18 +7,20 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from shutil import which
 
 from ddptrain.claim import outwait
 from ddptrain.config import Config, Resume
 from ddptrain.errors import Refused, TrainingError
-from ddptrain.place import refuse_tasks
 from ddptrain.screen import say
+from ddptrain.srun import in_step, refuse_tasks
 
-FIRST_PSEUDO_STEP = 0xFFFFFFF0
-"""From here on are batch scripts, interactive shells and the like, which no srun has started."""
+OWN, KEPT = ("SLURM_", "SLURMD_", "SRUN_", "ENVIRONMENT"), ("SLURM_CONF",)
+"""How variables begin that tell of the job in which they are found, and one that does not."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,20 @@ class Allocation:
     name: str
     nodes: int
     is_batch: bool
+    has_been_requeued: bool = False
 
     @classmethod
     def here(cls) -> Allocation | None:
-        """That of a batch script or of salloc; None for a single process and outside of Slurm.
+        """That of a batch script or of salloc; None for a process of srun and outside of Slurm.
 
-        Raises ``Refused`` if srun has started several of this process, or for a heterogeneous job.
+        Raises ``Refused`` if srun has started several of this process, for a heterogeneous job, and
+        where it could start none.
         """
         found = os.environ
         job = found.get("SLURM_JOB_ID")
         if job is None:
             return None
-        if int(found.get("SLURM_STEP_ID", FIRST_PSEUDO_STEP)) < FIRST_PSEUDO_STEP:
+        if in_step():
             refuse_tasks()
             return None
         if int(found.get("SLURM_HET_SIZE", "1")) > 1:
@@ -52,16 +56,23 @@ class Allocation:
                 "would train on the first alone: ask for the nodes as one job, without `:` and "
                 "`#SBATCH hetjob`"
             )
-        array = found.get("SLURM_ARRAY_JOB_ID")
-        name = f"{array}_{found['SLURM_ARRAY_TASK_ID']}" if array else job
+        if missing := [name for name in ("srun", "scontrol") if which(name) is None]:
+            raise Refused(
+                f"{' and '.join(missing)} cannot be found, by which job {job} starts ranks on its "
+                "nodes: load Slurm's module; a container has to be started by srun (--ntasks=1), "
+                "for the ranks of one node"
+            )
+        is_of_array, was_requeued = _is_of_array_and_requeued(job)
+        array = f"{found.get('SLURM_ARRAY_JOB_ID')}_{found.get('SLURM_ARRAY_TASK_ID')}"
         nodes = int(found.get("SLURM_JOB_NUM_NODES", "1"))
-        return cls(job, name, nodes, found.get("ENVIRONMENT") == "BATCH")
+        is_batch = found.get("ENVIRONMENT") == "BATCH"
+        return cls(job, array if is_of_array else job, nodes, is_batch, was_requeued)
 
     def find_itself(self, config: Config) -> None:
         """Have a batch job come back to its run, for whatever reason Slurm starts it again."""
         if self.is_batch and config.run.dir is None:
             config.run.dir = str(Path("runs") / str(config.run.name) / f"slurm-{self.name}")
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        if self.has_been_requeued:
             config.run.resume = Resume.auto  # it was held against what there was at first
             outwait(Path(str(config.run.dir)))
 
@@ -110,10 +121,27 @@ class Allocation:
         return True
 
 
-def ask(*command: str) -> str:
-    """What a command of Slurm's prints. Raises ``TrainingError``."""
+def _is_of_array_and_requeued(job: str) -> tuple[bool, bool]:
+    """As the variables say, unless the job has inherited them of one that submitted it."""
+    is_of_array = "SLURM_ARRAY_JOB_ID" in os.environ
+    was_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if is_of_array or was_requeued:
+        asked = f"--jobs={job}", "--states=all", "--Format=ArrayTaskID:30,RestartCnt:30"
+        with suppress(TrainingError):  # of the first of an array it tells about all of them
+            told = [line.split() for line in ask("squeue", "--noheader", *asked).splitlines()]
+            is_of_array &= any(task != "N/A" for task, _ in told)
+            was_requeued &= any(count != "0" for _, count in told)
+    return is_of_array, was_requeued
+
+
+def ask(*command: str, of_job: bool = True) -> str:
+    """What a command of Slurm's prints. Raises ``TrainingError``.
+
+    If not ``of_job``, it hears nothing of the job that this process is in.
+    """
+    heard = {k: v for k, v in os.environ.items() if of_job or k in KEPT or not k.startswith(OWN)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=heard, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         raise TrainingError(f"{command[0]} is not there: load Slurm's module") from None
     except subprocess.CalledProcessError as error:

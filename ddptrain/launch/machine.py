@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,35 @@ def _memory() -> int | None:
         free = int(told["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        return min(free, limit - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # "max", or no group of version 2
-        return free
+    with suppress(OSError):
+        return min(free, *room_in_groups(Path("/proc/self/cgroup").read_text(), CGROUP))
+    return free
+
+
+def room_in_groups(groups: str, root: Path) -> list[int]:
+    """How many bytes each control group that limits a process leaves it, as its kernel lists them.
+
+    One that is named may be out of sight, in a container; what is at the ``root`` then counts. What
+    the kernel only caches is free.
+    """
+    found = []
+    for line in groups.splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        base, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
+        if kinds:  # version 1 of the interface
+            base, cache = root / "memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        named = base / path.lstrip("/")
+        for folder in (named, *named.parents):
+            if folder.is_relative_to(base):
+                with suppress(OSError, ValueError, KeyError):  # "max", or not there
+                    lines = (folder / "memory.stat").read_text().splitlines()
+                    told = dict(one.split() for one in lines)
+                    in_use = int((folder / used).read_text()) - int(told[cache])
+                    found.append(max(0, int((folder / limit).read_text()) - in_use))
+    return found
 
 
 def _free(folder: Path) -> int | None:

@@ -15,7 +15,7 @@ from ddptrain.config import Config, check_world_size
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from ddptrain.launch.local import RESTARTS, count_ranks
 from ddptrain.place import address_towards
-from ddptrain.remembered import LAUNCHED, launched
+from ddptrain.remembered import LAUNCHED, unpacked
 from ddptrain.resilience.failure import IS_CAUSE, MAY_PASS
 from ddptrain.resilience.preemption import heeded
 from ddptrain.run_directory import RunDirectory
@@ -44,9 +44,10 @@ def be_node(command: str) -> int:
     came: list[int] = []
     for number in heeded():  # until torch's agent has handlers of its own
         signal.signal(number, lambda n, _: _note(n, came))
-    config = launched(os.environ[LAUNCHED])
+    config = unpacked(os.environ[LAUNCHED])
     arguments = _arguments(config, command)
-    _tell_launch(HERE + os.environ["SLURMD_NODENAME"], "1")
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    _tell_launch(HERE + os.environ["SLURMD_NODENAME"], step)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main

@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from ddptrain.errors import PeerFailed, Refused, TrainingError
 from ddptrain.parallel.meeting_point import keep, reach
-from ddptrain.place import address_towards, interface_of
+from ddptrain.place import address_towards, is_here
 from ddptrain.screen import say
 
 BACKEND = "ddptrain"
@@ -130,8 +130,7 @@ class Named(RendezvousHandler):
         self.roll = Roll(store, f"{socket.gethostname()} ({here})")
 
     def _open(self, address: str, port: int) -> TCPStore:
-        is_here = interface_of(address) is not None
-        store = keep(address, port, f"port {port}") if is_here else None
+        store = keep(address, port, f"port {port}") if is_here(address) else None
         count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         say(f"{count} machines meet at {self.where}", sys.stderr)
         who = "the machine of that address, started as this one was,"

@@ -11,9 +11,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from socket import create_server
 
-from ddptrain.compose import to_plain
 from ddptrain.config import Config
 from ddptrain.errors import (
     EXIT_COMPLETED,
@@ -34,7 +32,8 @@ from ddptrain.launch.node import (
     MAYBE_OF_PEER,
 )
 from ddptrain.launch.patience import meeting_seconds
-from ddptrain.remembered import LAUNCHED
+from ddptrain.place import open_port
+from ddptrain.remembered import LAUNCHED, packed
 from ddptrain.resilience.crashes import LAUNCH, Crashes
 from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say
@@ -112,6 +111,14 @@ class Agents:
             self.process.wait()
             raise self.store.problem
 
+    def step(self) -> str | None:
+        """The step that they are in, as Slurm names it; None before the first of them has come."""
+        known = self.store.store
+        for name in self.addresses if known is not None else ():
+            if known.check([HERE + name]):
+                return str(known.get(HERE + name).decode())
+        return None
+
     def end_if_one_is_missing(self) -> None:
         """Name the nodes whose agents are not there by then, and end the others."""
         if time.monotonic() < self.until:
@@ -136,14 +143,14 @@ class Agents:
 
 def _start_agents(allocation: Allocation, config: Config, command: str) -> Agents:
     """Start one agent on each node, all of which meet at a store, for ranks of a command."""
-    store = Store(create_server(("", 0)))
+    store = Store(open_port())
     store.thread.start()
     addresses = allocation.addresses()
     here = addresses.get(os.environ.get("SLURMD_NODENAME", ""), "")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(OF_TASKS)}
     variables[ENDPOINT], variables[ADDRESSES] = f"{here}:{store.port}", json.dumps(addresses)
     config.launch.interface = config.launch.interface or config.slurm.interface
-    variables[LAUNCHED] = json.dumps(to_plain(config))
+    variables[LAUNCHED] = packed(config)
     # Not --cpus-per-task: it would take no more of any node than the smallest has.
     srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--ntasks-per-node=1"]
     srun += [f"--wait={APART_SECONDS}"]
@@ -194,15 +201,19 @@ def _wait(
     while agents.process.poll() is None:
         agents.end_if_one_is_missing()
         agents.check_store()
-        told = [signals.popleft() for _ in range(len(signals))]
-        asked |= set(told)
+        asked |= set(signals)
         if time.monotonic() > at:
             say("the job's time is nearly up: it stops, to go on later", sys.stderr)
-            told, at = [*told, signal.SIGUSR1], math.inf
-        for number in told:
+            signals.append(signal.SIGUSR1)
+            at = math.inf
+        # Only the agents' step: the job may have others, such as the shell that this was typed in.
+        step = agents.step() if signals else None
+        while step is not None and signals:
             # Quietly, for Slurm may have ended the job itself, and told the steps.
-            command = ["scancel", "--quiet", f"--signal={int(number)}", allocation.job]
+            command = ["scancel", "--quiet", f"--signal={int(signals.popleft())}", step]
             tellers.append(subprocess.Popen(command))
+        if {signal.SIGTERM, signal.SIGINT} & set(signals):
+            agents.process.terminate()  # none has come yet, and there is nothing to save
         time.sleep(POLL_SECONDS)
     for teller in tellers:  # of a job that Slurm itself ends it tries for half a minute
         teller.kill()

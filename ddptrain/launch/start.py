@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ddptrain.claim import launching
 from ddptrain.config import Config, check_world_size
-from ddptrain.errors import EXIT_FAILED, EXIT_REFUSED, Refused
+from ddptrain.errors import EXIT_FAILED, EXIT_REFUSED, TrainingError
 from ddptrain.launch.allocation import Allocation
 from ddptrain.launch.local import count_ranks, launch_ranks
 from ddptrain.launch.slurm import launch_on
@@ -25,16 +25,16 @@ def start(config: Config, overrides: list[str], rerun_of: str | None = None) -> 
         nodes = 1 if allocation is None else allocation.nodes
         check_world_size(config, nodes * count_ranks(config))
     run = open_directory(config, overrides, rerun_of)
-    code = EXIT_FAILED
-    try:
-        with launching(run.path):
+    with launching(run.path):  # who does not get the run leaves it to the launch that has it
+        code = EXIT_FAILED
+        try:
             code = _launch(run, config, allocation, overrides, phases)
-    except Refused:
-        code = EXIT_REFUSED
-        raise
-    finally:
-        if code == EXIT_REFUSED:
-            run.leave_no_trace()
+        except TrainingError as error:
+            code = error.exit_code
+            raise
+        finally:
+            if code == EXIT_REFUSED:
+                run.leave_no_trace()
     return code
 
 

@@ -205,7 +205,11 @@ def _ask(study: Study, space: dict[str, BaseDistribution], folder: Path) -> Tria
 
 def _sampler(configured: Any, number: int) -> BaseSampler:
     """That of one trial, whose draws do not depend on what was drawn before it."""
-    sampler = get_class(str((configured or {}).get("_target_", "none")))
+    named = str((configured or {}).get("_target_"))
+    try:
+        sampler = get_class(named)
+    except (ImportError, ValueError) as error:
+        raise Refused(f"hydra.sweeper.sampler._target_={named}: {error}") from None
     if "seed" not in inspect.signature(sampler).parameters:
         return cast("BaseSampler", instantiate(configured))
     seed = configured.get("seed") or 0

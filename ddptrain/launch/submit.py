@@ -10,6 +10,7 @@ from ddptrain.config import Config, SlurmConfig
 from ddptrain.errors import EXIT_COMPLETED, Refused, TrainingError
 from ddptrain.files import make_new, replace_text
 from ddptrain.launch.allocation import ask
+from ddptrain.launch.resources import check_time
 from ddptrain.overrides import override
 from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.screen import say, short
@@ -22,6 +23,7 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
     The job comes back to the run's directory whenever it is started, and runs the code as it is
     now, whatever becomes of the folder meanwhile.
     """
+    check_time(config.slurm.time)
     if dry_run:
         somewhere = f"runs/{config.run.name}/<time>-<letters>"
         run = RunDirectory(Path(config.run.dir or somewhere).absolute())
@@ -36,7 +38,7 @@ def submit(config: Config, overrides: list[str], dry_run: bool) -> int:
     file = run.path / "job.sbatch"
     replace_text(file, script(config, overrides, run, code))
     try:
-        job = ask("sbatch", "--parsable", str(file)).strip().partition(";")[0]
+        job = ask("sbatch", "--parsable", str(file), of_job=False).strip().partition(";")[0]
     except TrainingError as error:
         run.leave_no_trace()
         raise Refused(str(error)) from None

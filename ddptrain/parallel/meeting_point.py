@@ -9,10 +9,9 @@ import time
 from datetime import timedelta
 
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed import DistNetworkError
 
 from ddptrain.errors import PeerFailed, Refused
-from ddptrain.place import Place
+from ddptrain.place import Place, open_port
 
 STORE_TIMEOUT = timedelta(seconds=30)
 """For one request."""
@@ -39,19 +38,35 @@ def open_store(place: Place, seconds: float | None, first: bool = False) -> TCPS
 
 
 def keep(host: str, port: int, named: str) -> TCPStore:
-    """Open the store on this machine. Raises ``Refused`` if the port, as it is ``named``, is taken.
+    """Open the store on this machine, of which ``host`` is an address.
 
-    The port is open on all addresses of the machine, of which ``host`` is one.
+    Raises ``Refused`` if the port is taken, or ``host`` is another machine's; ``named`` is what the
+    user has called the port.
     """
+    here = socket.gethostname()
     try:
-        return TCPStore(host, port, is_master=True, timeout=STORE_TIMEOUT, wait_for_workers=False)
-    except DistNetworkError as error:
-        if "EADDRINUSE" in str(error):
-            raise Refused(
-                f"{named} is in use on {socket.gethostname()}, where all are to meet; choose "
-                "another port, the same for all"
-            ) from None
-        raise
+        listener = open_port(port)
+    except OSError as error:
+        raise Refused(
+            f"{named} is in use on {here}, where all are to meet ({error.strerror}); choose "
+            "another port, the same for all"
+        ) from None
+    try:
+        socket.create_connection((host, port), TRY_SECONDS).close()
+    except OSError as error:
+        listener.close()
+        raise Refused(
+            f"{here} does not reach itself at {host} ({error}), where all are to meet: give an "
+            "address of this machine, or start there what is to listen"
+        ) from None
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=STORE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def reach(host: str, port: int, seconds: float | None, who: str, named: str) -> TCPStore:

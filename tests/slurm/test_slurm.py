@@ -188,6 +188,39 @@ def test_salloc_trains_on_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
     assert not run.name.startswith("slurm")
 
 
+STOPPED = """
+srun --overlap --ntasks=1 sleep 600 & other=$!
+$* & launch=$!
+until [ -s run/metrics.jsonl ]; do sleep 0.2; done
+kill -USR1 $launch
+wait $launch
+echo "ended with $?"
+kill -0 $other && echo "the other step lives"
+kill $other
+"""
+
+
+def test_a_signal_to_a_launch_ends_nothing_else_of_its_job(slurm: Cluster, tmp_path: Path) -> None:
+    command = ["bash", "-c", STOPPED, "-", *TRAIN, "train.max_steps=2000", "run.dir=run"]
+    done = slurm.run(tmp_path, "salloc", "--nodes=2", *command)
+    assert "ended with 75" in done.stdout, done.stderr
+    assert "the other step lives" in done.stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
+
+
+def test_a_job_knows_nothing_of_the_step_that_submitted_it(slurm: Cluster, tmp_path: Path) -> None:
+    """Slurm hands on the variables of whoever submits: of a step, or of a task of an array."""
+    script = tmp_path / "outer.sh"
+    own = f"sbatch --parsable --nodes=2 {SCRIPTS / 'train.sbatch'} {' '.join(OVERRIDES)}"
+    script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {own} train.max_steps=4 >inner\n")
+    slurm.submit(tmp_path, "--array=5", str(script))
+    wait_until(lambda: (tmp_path / "inner").exists(), "the first job")
+    wait_until(lambda: bool((tmp_path / "inner").read_text()), "the second job")
+    job = int((tmp_path / "inner").read_text())
+    _, result = finish(slurm, job, tmp_path)
+    assert result["world_size"] == 2
+
+
 def test_one_process_of_srun_trains_alone(slurm: Cluster, tmp_path: Path) -> None:
     done = slurm.run(tmp_path, "srun", "--ntasks=1", *TRAIN, "train.max_steps=10")
     assert done.returncode == 0, done.stderr
