@@ -4,8 +4,8 @@
 #   launch/many-boxes.sh 10.0.0.1 experiment=digits run.dir=/shared/digits
 #
 # First comes the address of one of them, in numbers, where all meet. NODES=2:4 is how few and how many
-# there may be: a machine may come late, leave, and come back, and the run goes on with those that are
-# there. It waits launch.timeout seconds (600) for enough, and names who came if too few do; and WAIT
+# there may be: all but that one may come late, leave, and come back, and the run goes on with those that
+# are there. It waits launch.timeout seconds (600) for enough, and names who came if too few do; and WAIT
 # seconds (10) for more. run.dir is a folder that all see. PORT (29400) and RANKS may be set as well.
 set -euo pipefail
 [[ ${1:-} =~ ^([0-9.]+|[0-9a-fA-F.]*:[0-9a-fA-F.:]*)$ ]] ||
