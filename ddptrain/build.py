@@ -24,7 +24,7 @@ from ddptrain.checkpoint.retention import Retention
 from ddptrain.checkpoint.store import Store
 from ddptrain.claim import Claim
 from ddptrain.compose import flatten, to_plain
-from ddptrain.config import Config, Direction, Precision, Remedy, TrainConfig
+from ddptrain.config import Clock, Config, Direction, Precision, Remedy, TrainConfig
 from ddptrain.config import Reduction as ReductionChoice
 from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
@@ -37,9 +37,10 @@ from ddptrain.loop import Trainer
 from ddptrain.observe.faults import noted_faults
 from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
-from ddptrain.optim.build import build_optimizer
+from ddptrain.optim.build import build_optimizer, build_schedule
 from ddptrain.optim.guard import Guard, Spikes
 from ddptrain.optim.loss_scale import LossScale
+from ddptrain.optim.patience import Patience
 from ddptrain.origin import versions
 from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.exact import MAX_ADDENDS, Exact
@@ -79,10 +80,11 @@ def build_trainer(
     strategy = build_strategy(config, ranks, task, loss_scale)
     autocast = build_autocast(train.precision, ranks.device)
     total_steps = _total_steps(train, plan)
+    epoch = plan.steps_per_epoch if train.schedule_by is Clock.epoch else None
     step = Step(
         Accounted(task, Window(ranks.device), autocast).to(ranks.device),
         _build("optim", build_optimizer, config.optim, task),
-        _build("schedule", instantiate, config.schedule),
+        _build("schedule", build_schedule, config.schedule, epoch),
         plan,
         strategy,
         ranks,
@@ -117,6 +119,7 @@ def build_trainer(
         stop_request or StopRequest(ranks.place),
         partial(build_task, config, ranks.device),
         total_steps,
+        build_early_stop(train),
     )
 
 
@@ -263,6 +266,17 @@ def build_checkpoints(
         homes = ranks.gather(memory.home())
         checkpoints.keeps_memory = homes.index(homes[ranks.rank]) == ranks.rank
     return checkpoints
+
+
+def build_early_stop(train: TrainConfig) -> Patience | None:
+    """Build what ends a run whose evaluations get no better."""
+    early = train.early_stop
+    if early.metric is None:
+        return None
+    try:
+        return Patience(early.metric, early.mode.name, early.patience, early.threshold)
+    except ValueError as error:
+        raise Refused(f"train.early_stop.{error}") from None
 
 
 def build_autocast(precision: Precision, device: torch.device) -> Autocast:

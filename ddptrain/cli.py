@@ -14,7 +14,7 @@ import yaml
 from ddptrain import inspection
 from ddptrain.command_line import parse
 from ddptrain.compose import compose, to_plain
-from ddptrain.config import Resume, check_world_size
+from ddptrain.config import Resume
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.parent import end_with_parent
@@ -23,6 +23,7 @@ from ddptrain.remembered import LAUNCHED, compose_once
 from ddptrain.resilience.failure import is_first_to_say, may_pass, tell_agent
 from ddptrain.resilience.preemption import listen
 from ddptrain.resilience.stopped import end_if_stopped
+from ddptrain.rules import check_world_size
 from ddptrain.run_directory import RunDirectory, check_launch
 from ddptrain.screen import say
 from ddptrain.snapshot import make_importable

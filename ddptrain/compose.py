@@ -22,9 +22,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ddptrain.config import BUILT, Config, check
+from ddptrain.config import BUILT, Config
 from ddptrain.errors import Refused
 from ddptrain.overrides import parse
+from ddptrain.rules import check
 from ddptrain.snapshot import code_folder, make_importable
 from ddptrain.targets import check_arguments, suggest
 from ddptrain.trust import check_targets

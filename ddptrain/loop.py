@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from ddptrain import pulse
-from ddptrain.errors import DivergenceError, NonFiniteError, Stopped
+from ddptrain.errors import DivergenceError, NonFiniteError, Refused, Stopped
 from ddptrain.optim.guard import Verdict
 from ddptrain.run import Run
 
@@ -110,6 +112,8 @@ class Trainer(Run):
         durable = self.is_due(config.checkpoint.every_steps)
         if self.is_due(config.eval.every_steps):
             durable |= self.validate()
+        if self.done == self.total_steps:
+            return  # it ends early, and is saved then
         if durable:
             self.save()
         elif self.is_due(config.checkpoint.memory_every_steps):
@@ -149,14 +153,20 @@ class Trainer(Run):
             self.check_metric()
 
     def check_metric(self) -> None:
-        """Stop early if ``checkpoint.metric`` names none that an evaluation will give."""
-        if self.checkpoints.retention.keep_best and not self.metric_is_known:
-            names = self.evaluations["val"].names()
-            self.checkpoints.check_metric([f"val/{name}" for name in names])
-            self.metric_is_known = True
+        """Refuse a metric to keep the best by, or to go by, that no evaluation will give."""
+        if self.metrics_needed:
+            names = [f"val/{name}" for name in self.evaluations["val"].names()]
+            for key, metric in self.metrics_needed.items():
+                if metric not in names:
+                    close = get_close_matches(metric, names, 1)
+                    hint = f"did you mean {close[0]}?" if close else "name one"
+                    there_are = f"the task's metrics are {', '.join(names)}"
+                    raise Refused(f"{key}={metric}: {there_are}; {hint}")
+            self.metrics_needed = {}
 
     def validate(self) -> bool:
         """Evaluate the validation split; return whether that makes this one of the best."""
+        self.check_metric()
         if not self.metrics_of("val"):
             self.evaluate("val")
         is_best = self.ranks.is_first and self.checkpoints.is_among_best(self.done, self.metrics)
@@ -165,8 +175,14 @@ class Trainer(Run):
     def evaluate(self, split: str) -> None:
         with self.clock.paused():
             metrics = self.evaluations[split].run()
-            self.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
+            with self.step.gate:  # a rescue saves both what came of it, or neither
+                self.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
+                for each in self.heedful if split == "val" else ():
+                    each.heed(self.metrics[each.metric])
             self.observer.log(self.done, split, metrics)
+            if self.early_stop is not None and self.early_stop.ran_out:
+                self.observer.ends_early(self.done, self.total_steps, self.early_stop.why)
+                self.total_steps = self.done
 
     def stop(self) -> None:
         """Save, and leave what else is due to the start that goes on. Raises ``Stopped``."""

@@ -20,6 +20,8 @@ from ddptrain.evaluate import Evaluation
 from ddptrain.fingerprints import Record
 from ddptrain.observe.clock import StepClock
 from ddptrain.observe.observer import Observer
+from ddptrain.optim.patience import Heedful, Patience
+from ddptrain.optim.schedules import ByEpoch
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.preemption import StopRequest
@@ -49,12 +51,12 @@ class Run:
     stop_request: StopRequest
     rebuild: Callable[[], Task]
     total_steps: int
+    early_stop: Patience | None = None
     begun: Callable[[], None] = lambda: None
     """Called when what the run goes on from is as it was asked for."""
     started_at: int = 0
     done: int = 0  # optimiser steps; with weights and optimiser state, all the state there is
     timed_from: int = 0
-    metric_is_known: bool = False
     metrics: dict[str, float] = field(default_factory=dict)  # of evaluations at this very step
     line: dict[str, float] = field(default_factory=dict)  # that was logged after this very step
     record: Record | None = None  # its fingerprint
@@ -63,6 +65,22 @@ class Run:
     beginning: State | None = None
     diverged: list[int] = field(default_factory=list)  # after which steps replicas differed
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+
+    def __post_init__(self) -> None:
+        schedule = self.step.schedule
+        schedule = schedule.schedule if isinstance(schedule, ByEpoch) else schedule
+        heedful = {"schedule": schedule, "train.early_stop": self.early_stop}
+        goes_by = {key: each for key, each in heedful.items() if isinstance(each, Heedful)}
+        self.heedful = list(goes_by.values())
+        if goes_by and self.config.eval.every_steps is None:
+            (key, each), *_ = goes_by.items()
+            raise Refused(
+                f"{key}.metric={each.metric} needs evaluations to go by, but eval.every_steps is "
+                "null: set it, or choose another schedule"
+            )
+        self.metrics_needed = {f"{key}.metric": each.metric for key, each in goes_by.items()}
+        if self.checkpoints.retention.keep_best:
+            self.metrics_needed["checkpoint.metric"] = self.checkpoints.metric
 
     @property
     def progress(self) -> Progress:
@@ -92,6 +110,7 @@ class Run:
             self.metrics = saved.manifest["metrics"]
             self.line = saved.manifest.get("line", {})
             self.record = saved.manifest.get("record")
+            self.load_heeded(saved.manifest.get("heeded", []))
         self.timed_from = self.done
         self.started_at = self.done
         self.replicas.restart(self.done)
@@ -141,6 +160,14 @@ class Run:
         numbers = beginning.numbers
         load_optimizer(self.task, self.step.optimizer, {}, numbers["optimizer_numbers"])
         self.step.load_numbers(numbers["step_numbers"], 0)
+        self.load_heeded(numbers["heeded"])
+
+    def load_heeded(self, heeded: list[dict[str, Any]]) -> None:
+        """Put back what those have seen that go by evaluations; the run may be over by that."""
+        for each, numbers in zip(self.heedful, heeded, strict=True):
+            each.load(numbers)
+        if self.early_stop is not None and self.early_stop.ran_out:
+            self.total_steps = self.done
 
     def set_right(self, error: DivergenceError) -> None:
         """Go back to where the replicas were last known to be equal, all of them from one state.
@@ -199,7 +226,7 @@ class Run:
 
     def state(self, done: int, numbers: dict[str, Any] | None = None) -> State:
         numbers = self.step.numbers(alone=True) if numbers is None else numbers
-        told = self.metrics, self.line, self.record
+        told = self.metrics, self.line, self.record, [each.numbers() for each in self.heedful]
         return capture(done, self.task, self.step.optimizer, numbers, *told)
 
     def rescue(self, until: float, copy_until: float, may_write: Callable[[], bool]) -> str | None:

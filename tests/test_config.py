@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddptrain.compose import PACKAGE, compose, config_trees, flatten, options, to_plain, validate
-from ddptrain.config import Config, check_world_size
+from ddptrain.config import Config
 from ddptrain.errors import Refused
 from ddptrain.place import choose_interface, interface_of
+from ddptrain.rules import check_world_size
 
 DIGITS = "experiment=digits"
 Plain = dict[str, Any]

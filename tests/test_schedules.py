@@ -6,11 +6,31 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddptrain.optim.schedules import Constant, Cosine, Linear, Schedule, Warmup
+from ddptrain.optim.patience import Patience, Plateau
+from ddptrain.optim.schedules import (
+    ByEpoch,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Exponential,
+    Linear,
+    MultiStep,
+    OneCycle,
+    Polynomial,
+    Schedule,
+    StepDecay,
+    Warmup,
+    WarmupStableDecay,
+)
 
+ALL = [
+    Constant, Linear, Cosine, Polynomial, Exponential, StepDecay, MultiStep, CosineRestarts,
+    OneCycle, WarmupStableDecay,
+]  # fmt: skip
 TOTALS = st.integers(1, 2000)
 FRACTIONS = st.floats(0, 1, exclude_max=True)
 FINALS = st.floats(0, 1)
@@ -77,16 +97,16 @@ def test_up_and_then_down_between_the_bounds(
     assert all(0 < factor <= 1 for factor in factors[:peak])
 
 
-@given(final=FINALS, warmup=FRACTIONS, total=TOTALS)
+@given(final=st.floats(0.001, 1), warmup=FRACTIONS, total=TOTALS)
 def test_the_end_of_the_run_is_where_final_is(final: float, warmup: float, total: int) -> None:
-    for kind in (Linear, Cosine):
+    for kind in (Linear, Cosine, Polynomial, Exponential, OneCycle):
         schedule = kind(warmup=warmup, final=final)
         if round(warmup * total) < total:
             assert schedule(total, total) == pytest.approx(final, abs=1e-12)
 
 
 @given(
-    kind=st.sampled_from([Constant, Linear, Cosine]),
+    kind=st.sampled_from(ALL),
     warmup=FRACTIONS,
     total=TOTALS,
     steps=st.lists(st.integers(0, 1999), min_size=1, max_size=30),
@@ -102,3 +122,120 @@ def test_a_schedule_remembers_nothing(
 
 def test_a_run_without_an_end_in_sight_does_not_decay() -> None:
     assert Cosine(warmup=10)(10_000, 1 << 62) == pytest.approx(1.0)
+
+
+def by_torch(kind: str, total: int, **arguments: object) -> list[float]:
+    """The rates of a scheduler of torch's, for an optimiser whose rate is 1."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **arguments)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@given(total=st.integers(2, 300), every=st.integers(1, 60), factor=st.floats(0.1, 0.9))
+def test_steps_are_torchs(total: int, every: int, factor: float) -> None:
+    ours = table(StepDecay(every=every, factor=factor), total)
+    assert ours == pytest.approx(by_torch("StepLR", total, step_size=every, gamma=factor))
+    gamma = table(StepDecay(every=1, factor=factor), total)
+    assert gamma == pytest.approx(by_torch("ExponentialLR", total, gamma=factor))
+    stones = [every, 2 * every + 1]
+    ours = table(MultiStep(milestones=stones, factor=factor), total)
+    assert ours == pytest.approx(by_torch("MultiStepLR", total, milestones=stones, gamma=factor))
+
+
+@given(total=st.integers(2, 200), power=st.floats(0.5, 4))
+def test_a_polynomial_is_torchs(total: int, power: float) -> None:
+    theirs = by_torch("PolynomialLR", total, total_iters=total, power=power)
+    assert table(Polynomial(power=power), total) == pytest.approx(theirs, abs=1e-9)
+
+
+@given(total=st.integers(2, 300), period=st.integers(1, 40), growth=st.integers(1, 3))
+def test_restarts_are_torchs(total: int, period: int, growth: int) -> None:
+    theirs = by_torch("CosineAnnealingWarmRestarts", total, T_0=period, T_mult=growth)
+    ours = table(CosineRestarts(period=period, growth=growth), total)
+    assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+def test_one_cycle_goes_up_and_down_once() -> None:
+    rates = table(OneCycle(rise=0.25, start=0.1), 400)
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[100] == pytest.approx(1.0)
+    assert all(before < after for before, after in pairwise(rates[:101]))
+    assert all(before > after for before, after in pairwise(rates[100:]))
+
+
+def test_stable_until_the_decay() -> None:
+    for shape in ("linear", "sqrt", "cosine"):
+        rates = table(WarmupStableDecay(warmup=10, decay=50, final=0.1, shape=shape), 200)
+        assert rates[9:151] == [1.0] * 142
+        assert all(before > after for before, after in pairwise(rates[150:]))
+        assert rates[-1] < (0.3 if shape != "sqrt" else 0.12)
+    assert table(WarmupStableDecay(decay=0.0), 5) == [1.0] * 5
+    all_of_it = table(WarmupStableDecay(warmup=5, decay=100, shape="linear"), 10)
+    assert all_of_it[4:6] == [1.0, 1.0]
+    assert all_of_it[9] == pytest.approx(0.2)
+
+
+def test_by_epochs_the_rate_changes_between_them_only() -> None:
+    schedule = ByEpoch(MultiStep(warmup=2, milestones=[3]), 10)
+    assert table(schedule, 45) == [0.5] * 10 + [1.0] * 20 + [pytest.approx(0.1)] * 15
+    assert ByEpoch(Linear(), 10)(35, 45) == Linear()(3, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (Linear, {"warmup": -1}),
+        (Polynomial, {"power": 0}),
+        (Exponential, {"final": 0.0}),
+        (CosineRestarts, {"period": 0}),
+        (CosineRestarts, {"growth": 0.5}),
+        (StepDecay, {"every": 0}),
+        (MultiStep, {"milestones": [0, 1]}),
+        (OneCycle, {"rise": 1.0}),
+        (WarmupStableDecay, {"shape": "cube"}),
+        (Plateau, {"factor": 1.0}),
+        (Plateau, {"mode": "least"}),
+        (Plateau, {"patience": 0}),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(kind: type, wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name}="):
+        kind(**wrong)
+
+
+VALUES = st.lists(st.floats(0, 1) | st.just(math.nan), max_size=40)
+
+
+@given(values=VALUES, mode=st.sampled_from(["min", "max"]), patience=st.integers(1, 4))
+def test_a_plateau_is_torchs(values: list[float], mode: str, patience: int) -> None:
+    """But for the count of evaluations: torch's waits for one more than its patience."""
+    ours = Plateau(mode=mode, patience=patience, threshold=0.01, factor=0.5)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, 0.5, patience - 1, threshold=0.01, threshold_mode="abs", eps=0
+    )
+    for step, value in enumerate(values):
+        ours.heed(value)
+        theirs.step(value)
+        assert ours(step, 100) == optimizer.param_groups[0]["lr"]
+
+
+@given(values=VALUES, cut=st.integers(0, 40))
+def test_patience_goes_on_from_its_numbers(values: list[float], cut: int) -> None:
+    whole, first, second = (Patience("val/loss", "min", 3, 0.0) for _ in range(3))
+    for value in values:
+        whole.heed(value)
+    for value in values[:cut]:
+        first.heed(value)
+    second.load(first.numbers())
+    for value in values[cut:]:
+        second.heed(value)
+    assert second.numbers() == whole.numbers()

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ddptrain.checkpoint.retention import Entry, Retention
 from ddptrain.checkpoint.saved import Saved
 from ddptrain.checkpoint.store import Store
 from ddptrain.checkpoint.writer import Job, Writer, give_way
-from ddptrain.errors import CheckpointError, DamagedError, Refused, TrainingError
+from ddptrain.errors import CheckpointError, DamagedError, TrainingError
 from ddptrain.state import State
 
 SCRUB_PAUSE = 0.1
@@ -175,18 +174,9 @@ class Checkpoints:
         """Whether a checkpoint with these metrics would be kept as one of the best."""
         if self.retention.keep_best == 0:
             return False
-        self.check_metric(list(metrics))
         entries = [e for e in self._entries() if e.step != step]
         best = self.retention.best([*entries, Entry(step, metrics[self.metric])])
         return any(e.step == step for e in best)
-
-    def check_metric(self, names: list[str]) -> None:
-        """Raise ``Refused`` if the metric to keep the best by is not among ``names``."""
-        if self.retention.keep_best and self.metric not in names:
-            close = get_close_matches(self.metric, names, 1)
-            hint = f"did you mean {close[0]}?" if close else "name one, or checkpoint.keep_best=0"
-            there_are = f"the task's metrics are {', '.join(names)}"
-            raise Refused(f"checkpoint.metric={self.metric}: {there_are}; {hint}")
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint, if any has the metric."""

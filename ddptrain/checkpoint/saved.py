@@ -32,11 +32,13 @@ def capture(
     metrics: dict[str, float],
     line: dict[str, float] | None = None,
     record: dict[str, Any] | None = None,
+    heeded: list[dict[str, Any]] | None = None,
 ) -> State:
     """The state of a run after ``step`` steps, as it is now: no tensor is copied.
 
     ``metrics``, ``line`` and ``record`` are what evaluations, the log line and the fingerprint of
-    this very step say, for who goes on from here to write down if nobody else has.
+    this very step say, for who goes on from here to write down if nobody else has; ``heeded`` is
+    what those have seen that go by evaluations.
     """
     tensors, numbers = optimizer_tensors(task, optimizer)
     return State(
@@ -46,6 +48,7 @@ def capture(
             "metrics": dict(metrics),
             "line": dict(line or {}),
             "record": record,
+            "heeded": list(heeded or []),
             "step_numbers": step_numbers,
             "optimizer_numbers": numbers,
         },

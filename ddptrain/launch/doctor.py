@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ddptrain.config import Config, check_world_size
+from ddptrain.config import Config
 from ddptrain.errors import EXIT_COMPLETED, EXIT_REFUSED, Refused
 from ddptrain.launch.agreement import agree_on_config, agree_on_loaded, import_targets
 from ddptrain.launch.binding import bind_cpus
@@ -26,6 +26,7 @@ from ddptrain.launch.probes import all_reduce, probe
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place, choose_interface
 from ddptrain.resilience.failure import leave_now
+from ddptrain.rules import check_world_size
 
 GROUP_SECONDS, MEASURE_SECONDS, ADDING_SECONDS = 10.0, 6.0, 15.0
 PIPE_WIDTH = 180

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ddptrain.checkpoint.progress import Progress
-from ddptrain.config import Config, check_world_size
+from ddptrain.config import Config
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from ddptrain.launch.local import RESTARTS, count_ranks
 from ddptrain.place import address_towards
 from ddptrain.remembered import LAUNCHED, unpacked
 from ddptrain.resilience.failure import IS_CAUSE, MAY_PASS
 from ddptrain.resilience.preemption import heeded
+from ddptrain.rules import check_world_size
 from ddptrain.run_directory import RunDirectory
 
 ENDPOINT, ADDRESSES = "DDPTRAIN_ENDPOINT", "DDPTRAIN_ADDRESSES"

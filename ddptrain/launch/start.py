@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddptrain.claim import launching
-from ddptrain.config import Config, check_world_size
+from ddptrain.config import Config
 from ddptrain.errors import EXIT_FAILED, EXIT_REFUSED, TrainingError
 from ddptrain.launch.allocation import Allocation
 from ddptrain.launch.local import count_ranks, launch_ranks
@@ -11,6 +11,7 @@ from ddptrain.launch.slurm import launch_on
 from ddptrain.observe.phases import Phases
 from ddptrain.place import Place
 from ddptrain.resilience.preemption import listen
+from ddptrain.rules import check_world_size
 from ddptrain.run_directory import RunDirectory, check_launch, open_directory
 
 

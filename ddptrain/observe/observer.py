@@ -186,6 +186,10 @@ class Observer:
                 {"step": step, "fault": "divergence", "action": "rewind", "report": report}
             )
 
+    def ends_early(self, step: int, total_steps: int, why: str) -> None:
+        if self.speaks and step < total_steps:
+            say(f"ends after step {step} of {total_steps}: {why}")
+
     def finish(self, step: int, metrics: Scalars, best: Scalars) -> None:
         """Write the run's row for TensorBoard's HPARAMS tab, and close everything."""
         if self.board is not None:

@@ -10,6 +10,14 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 from torch.optim import Optimizer
 
+from ddptrain.optim.schedules import ByEpoch, Schedule
+
+
+def build_schedule(node: dict[str, Any], steps_per_epoch: int | None) -> Schedule:
+    """Return the schedule that ``node`` describes; with ``steps_per_epoch`` it counts in epochs."""
+    schedule: Schedule = instantiate(node)
+    return schedule if steps_per_epoch is None else ByEpoch(schedule, steps_per_epoch)
+
 
 def build_optimizer(node: dict[str, Any], module: nn.Module) -> Optimizer:
     """Return the optimiser that ``node`` (``_target_`` and its arguments) describes.
