@@ -13,8 +13,8 @@ import yaml
 
 from ddptrain import inspection
 from ddptrain.command_line import parse
-from ddptrain.compose import compose, to_plain
-from ddptrain.config import Resume
+from ddptrain.compose import compose
+from ddptrain.config import Resume, to_plain
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.parent import end_with_parent

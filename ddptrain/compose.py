@@ -9,7 +9,6 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any, cast, get_origin, get_type_hints
 
@@ -22,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ddptrain.config import BUILT, Config
+from ddptrain.config import BUILT, Config, flatten
 from ddptrain.errors import Refused
 from ddptrain.overrides import parse
 from ddptrain.rules import check
@@ -184,30 +183,6 @@ def validate(plain: dict[str, Any]) -> Config:
         raise _refusal(error) from None
     check(config)
     return config
-
-
-def to_plain(config: Config) -> dict[str, Any]:
-    """The config as a nested dict of plain values, ready for YAML; the inverse of ``validate``."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Enum):
-            return value.name
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return value
-
-    return cast("dict[str, Any]", plain(dataclasses.asdict(config)))
-
-
-def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to leaf values."""
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _check_keys(node: dict[str, Any], schema: type, path: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING
 
@@ -201,3 +202,27 @@ class Config:
 
 BUILT = ("model", "task", "optim", "schedule", "data.train", "data.val", "data.test")
 """Sections that describe an object by its ``_target_``."""
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The config as a nested dict of plain values, ready for YAML; the inverse of ``validate``."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return value
+
+    return cast("dict[str, Any]", plain(dataclasses.asdict(config)))
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to leaf values."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

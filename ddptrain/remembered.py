@@ -12,8 +12,8 @@ from zlib import compress, decompress
 
 from omegaconf import OmegaConf
 
-from ddptrain.compose import compose, to_plain
-from ddptrain.config import Config
+from ddptrain.compose import compose
+from ddptrain.config import Config, to_plain
 from ddptrain.files import replace_text
 from ddptrain.place import Place
 

@@ -15,8 +15,8 @@ from uuid import uuid4
 import yaml
 
 from ddptrain.claim import LAUNCH_LOCK, LOCK, Lock
-from ddptrain.compose import to_plain, validate
-from ddptrain.config import Config, Resume
+from ddptrain.compose import validate
+from ddptrain.config import Config, Resume, to_plain
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.files import LASTING, make_new, read_json, replace_text
 from ddptrain.origin import DIFF, origin, uncommitted

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from ddptrain.compose import config_trees, flatten, to_plain
-from ddptrain.config import EXECUTION_ONLY, Config
+from ddptrain.compose import config_trees
+from ddptrain.config import EXECUTION_ONLY, Config, flatten, to_plain
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.files import LASTING
 

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddptrain.compose import PACKAGE, compose, config_trees, flatten, options, to_plain, validate
-from ddptrain.config import Config
+from ddptrain.compose import PACKAGE, compose, config_trees, options, validate
+from ddptrain.config import Config, flatten, to_plain
 from ddptrain.errors import Refused
 from ddptrain.place import choose_interface, interface_of
 from ddptrain.rules import check_world_size

@@ -19,7 +19,7 @@ GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "gene
           "srun", "failpoints", "lagging", "pulse", "processes", "beside",
           "marks"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
-                  "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
+                  "rules", "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -72,12 +72,13 @@ ALLOWED: dict[str, set[str]] = {
     "run": PLAIN | PARTS
     | {"step", "fingerprints", "evaluate", "checkpoint", "observe", "resilience", "setbacks"},
     "loop": PLAIN | PARTS | {"run"},
+    "parts": PLAIN | PARTS | {"checkpoint", "observe"},
     "build": PLAIN | PARTS
-    | {"models", "account", "fingerprints", "step", "evaluate", "checkpoint", "observe",
-       "resilience", "setbacks", "run", "loop"},
+    | {"parts", "account", "fingerprints", "step", "evaluate", "observe", "resilience",
+       "setbacks", "loop"},
     "launch": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "remembered", "setbacks", "loop",
-       "build"},
+       "build", "parts"},
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
     "command_line": {"compose"},

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddptrain.claim import Claim
-from ddptrain.compose import flatten, to_plain
-from ddptrain.config import Config, Resume
+from ddptrain.config import Config, Resume, flatten, to_plain
 from ddptrain.files import replace_text
 from ddptrain.origin import loaded_code, versions
 from ddptrain.parallel.ranks import Ranks

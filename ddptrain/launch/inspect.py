@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ddptrain.build import build_autocast, build_checkpoints, build_source, build_task
 from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.config import Config
 from ddptrain.data.fetch import Fetcher
@@ -15,6 +14,7 @@ from ddptrain.errors import EXIT_COMPLETED, CheckpointError, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.parallel.ranks import Ranks, choose_device
+from ddptrain.parts import build_autocast, build_checkpoints, build_source, build_task
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
 from ddptrain.state import model_tensors, unshared

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from ddptrain.build import build_checkpoints, build_trainer
+from ddptrain.build import build_trainer
 from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.saved import MODEL, Saved
 from ddptrain.claim import LAUNCH_LOCK, launching
@@ -35,6 +35,7 @@ from ddptrain.observe.phases import Phases
 from ddptrain.optim.guard import FINE, Verdict
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
+from ddptrain.parts import build_checkpoints
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.screen import short

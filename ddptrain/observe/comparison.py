@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ddptrain.compose import flatten
-from ddptrain.config import Config
+from ddptrain.config import Config, flatten
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.files import read_json
 from ddptrain.observe.loggers import Scalars, read_json_lines

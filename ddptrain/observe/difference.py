@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ddptrain.compose import flatten, to_plain
+from ddptrain.config import flatten, to_plain
 from ddptrain.errors import Refused
 from ddptrain.files import read_json
 from ddptrain.observe.loggers import read_json_lines

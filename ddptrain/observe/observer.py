@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from ddptrain.compose import flatten, to_plain
-from ddptrain.config import Config
+from ddptrain.config import Config, flatten, to_plain
 from ddptrain.files import read_json, replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines

@@ -10,8 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 import yaml
 
-from ddptrain.compose import to_plain
-from ddptrain.config import Config, Device
+from ddptrain.config import Config, Device, to_plain
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, TrainingError
 from ddptrain.launch.agent import DDPTRAIN, Asked, start_ranks
 from ddptrain.launch.local import print_failure
