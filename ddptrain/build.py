@@ -31,6 +31,7 @@ from ddptrain.parts import (
 )
 from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.preemption import StopRequest
+from ddptrain.rules import idle
 from ddptrain.run_directory import RunDirectory
 from ddptrain.setbacks import Setbacks
 from ddptrain.step import Step
@@ -94,13 +95,16 @@ def build_step(
     """Build what takes one optimiser step. Raises ``Refused``."""
     train = config.train
     loss_scale = LossScale(ranks.device) if train.precision is Precision.fp16 else None
+    micro_batches = len(plan.micro_batches(0))
+    if micro_batches < ranks.world_size:
+        raise idle(ranks.world_size, micro_batches, train, plan.global_batch_size)
     epoch = plan.steps_per_epoch if train.schedule_by is Clock.epoch else None
     return Step(
         Accounted(task, Window(ranks.device), autocast).to(ranks.device),
         build_part("optim", build_optimizer, config.optim, task),
         build_part("schedule", build_schedule, config.schedule, epoch),
         plan,
-        build_strategy(config, ranks, task, loss_scale),
+        build_strategy(config, ranks, task, loss_scale, micro_batches),
         ranks,
         total_steps=total_steps,
         max_norm=train.grad_clip.max_norm,

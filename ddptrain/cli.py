@@ -151,7 +151,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     if parsed.steps < 1:
         raise Refused(f"--steps {parsed.steps}: expected a number above 0")
     config = compose(parsed.overrides)
-    micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    micro_batches = config.train.micro_batches() or 3
     from ddptrain.verify.command import verify
 
     return verify(config, list(range(1, min(3, micro_batches) + 1)), parsed.steps)

@@ -60,6 +60,10 @@ class Direction(Enum):
     min = "min"
 
 
+ALL = "all"
+"""A ``train.global_batch_size`` that is the whole training set."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     name: str | None = MISSING
@@ -91,7 +95,7 @@ class EarlyStopConfig:
 class TrainConfig:
     max_steps: int | None = MISSING
     max_epochs: int | None = MISSING
-    global_batch_size: int = MISSING
+    global_batch_size: int | str = MISSING
     micro_batch_size: int = MISSING
     precision: Precision = MISSING
     grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
@@ -102,6 +106,18 @@ class TrainConfig:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     compile: bool = MISSING
     device: Device = MISSING
+
+    def sizes(self, samples: int) -> tuple[int, int]:
+        """Of a global batch and of a micro-batch, for a training set of so many ``samples``."""
+        size = samples if self.global_batch_size == ALL else int(self.global_batch_size)
+        return size, min(size, self.micro_batch_size)
+
+    def micro_batches(self) -> int | None:
+        """How many a step has; None if that is a matter of the training set."""
+        if self.global_batch_size == ALL:
+            return None
+        size, micro = self.sizes(0)
+        return size // micro
 
 
 @dataclass(kw_only=True, slots=True)

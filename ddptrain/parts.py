@@ -98,21 +98,24 @@ def build_source(config: Config, split: str, whole: bool = True) -> Source:
         raise Refused(f"{label}: it is empty")
     if not whole:
         train = config.train
-        if samples < train.global_batch_size:
+        size, micro = train.sizes(samples)
+        if samples < size:
             raise Refused(
                 f"{label} has {samples} samples, fewer than train.global_batch_size="
                 f"{train.global_batch_size}: make the batch smaller, or the data set larger"
             )
-        sizes = (train.global_batch_size, train.micro_batch_size)
-        return Source(split, dataset, Plan(samples, *sizes, config.seed, config.data.shuffle))
+        return Source(split, dataset, Plan(samples, size, micro, config.seed, config.data.shuffle))
     size = config.eval.micro_batch_size or config.train.micro_batch_size
     return Source(split, dataset, Plan(samples, samples, size, config.seed, shuffled=False))
 
 
 def build_strategy(
-    config: Config, ranks: Ranks, task: Task, loss_scale: LossScale | None
+    config: Config, ranks: Ranks, task: Task, loss_scale: LossScale | None, micro_batches: int
 ) -> DataParallel:
-    """Build what keeps the replicas one model. Raises ``Refused``."""
+    """Build what keeps the replicas one model, for steps of so many micro-batches at most.
+
+    Raises ``Refused``.
+    """
     reduction: Reduction = Mean()
     if config.parallel.reduction is ReductionChoice.exact:
         for name, module in task.named_modules():
@@ -122,7 +125,6 @@ def build_strategy(
                     "what the ranks hold at once, so that its result depends on their number; use "
                     "BatchNorm, which normalises over a micro-batch, or GroupNorm or LayerNorm"
                 )
-        micro_batches = config.train.global_batch_size // config.train.micro_batch_size
         if micro_batches > MAX_ADDENDS:
             raise Refused(
                 f"parallel.reduction=exact: a step has {micro_batches} micro-batches, it takes at "

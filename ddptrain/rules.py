@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddptrain.config import Config, Resume
+from ddptrain.config import ALL, Config, Resume, TrainConfig
 from ddptrain.errors import Refused
 
 
@@ -29,7 +29,6 @@ def _check_sizes(config: Config) -> None:
     positive = {
         "train.max_steps": train.max_steps,
         "train.max_epochs": train.max_epochs,
-        "train.global_batch_size": train.global_batch_size,
         "train.micro_batch_size": train.micro_batch_size,
         "train.grad_clip.max_norm": train.grad_clip.max_norm,
         "train.spike.deviations": train.spike.deviations,
@@ -64,11 +63,16 @@ def _check_sizes(config: Config) -> None:
             raise Refused(f"{key}: expected 0 or more, got {count}")
     if train.max_steps is None and train.max_epochs is None:
         raise Refused("train.max_steps: set it, or train.max_epochs, to say when a run ends")
-    if train.global_batch_size % train.micro_batch_size:
+    size = train.global_batch_size
+    if size == ALL:
+        return
+    if not isinstance(size, int) or size < 1:
+        raise Refused(f"train.global_batch_size: expected a number above 0, got {size}; or all")
+    if size % min(size, train.micro_batch_size):
         raise Refused(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={train.micro_batch_size}"
-            f"; micro-batch sizes that fit: {_divisors(train.global_batch_size)}"
+            f"; micro-batch sizes that fit: {_divisors(size)}"
         )
 
 
@@ -93,22 +97,30 @@ def _check_evaluation(config: Config) -> None:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Refuse more ranks than a step has micro-batches: some would never have work."""
-    train, size = config.train, config.train.global_batch_size
-    micro_batches = size // train.micro_batch_size
-    if world_size > micro_batches:
-        fitting = [d for d in _divisors(size) if size // d >= world_size]
-        remedy = (
-            f"train.micro_batch_size={max(fitting)} or less would do"
-            if fitting
-            else f"train.global_batch_size must be at least {world_size}"
-        )
-        raise Refused(
-            f"{world_size} ranks share {_count(micro_batches, 'micro-batch', 'es')} a step "
-            f"(train.global_batch_size={size} / train.micro_batch_size="
-            f"{train.micro_batch_size}), so some would have no work; start at most "
-            f"{_count(micro_batches, 'rank')}, or {remedy}"
-        )
+    """Refuse more ranks than a step has micro-batches, if that does not depend on the data."""
+    micro_batches = config.train.micro_batches()
+    if micro_batches is not None and world_size > micro_batches:
+        size, _ = config.train.sizes(0)
+        raise idle(world_size, micro_batches, config.train, size)
+
+
+def idle(world_size: int, micro_batches: int, train: TrainConfig, size: int) -> Refused:
+    """What to say of more ranks than a step of ``size`` samples has micro-batches.
+
+    Some would never have work.
+    """
+    fitting = [d for d in _divisors(size) if size // d >= world_size]
+    remedy = (
+        f"train.micro_batch_size={max(fitting)} or less would do"
+        if fitting
+        else f"train.global_batch_size must be at least {world_size}"
+    )
+    return Refused(
+        f"{world_size} ranks share {_count(micro_batches, 'micro-batch', 'es')} a step "
+        f"(train.global_batch_size={size} / train.micro_batch_size="
+        f"{train.micro_batch_size}), so some would have no work; start at most "
+        f"{_count(micro_batches, 'rank')}, or {remedy}"
+    )
 
 
 def _count(number: int, noun: str, ending: str = "s") -> str:

@@ -377,7 +377,7 @@ def test_a_file_that_hides_a_built_in_is_refused() -> None:
         (["data=digits"], "task: nothing to train"),
         ([DIGITS, "train.micro_batch_size=7"], "is not a multiple of train.micro_batch_size=7"),
         ([DIGITS, "train.micro_batch_size=7"], "fit: [1, 2, 4, 8, 16, 32, 64, 128]"),
-        ([DIGITS, "train.micro_batch_size=256"], "train.global_batch_size=128 is not a multiple"),
+        ([DIGITS, "train.global_batch_size=130"], "train.global_batch_size=130 is not a multiple"),
         ([DIGITS, "train.max_epochs=null"], "train.max_steps: set it, or train.max_epochs"),
         ([DIGITS, "~data.val"], "eval.every_steps=100 but data.val is not set"),
         ([DIGITS, "eval.every_steps=null"], "checkpoint.keep_best=1 needs a metric"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddptrain.config import TrainConfig
 from ddptrain.data.plan import BLOCK, MicroBatch, Plan
 
 BIG = 10**6
@@ -190,3 +191,22 @@ def test_micro_batches_are_small_values() -> None:
     batch = Plan(100, 20, 5).micro_batches(7)[2]
     assert batch == MicroBatch(step=7, index=2, epoch=1, start=50, stop=55)
     assert not hasattr(batch, "__dict__")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "samples", "sizes", "micro_batches"),
+    [
+        ("all", 86, (86, 16), None),
+        ("all", 9, (9, 9), None),
+        (1, 86, (1, 1), 1),
+        (64, 86, (64, 16), 4),
+    ],
+)
+def test_sizes_of_batch_stochastic_and_mini_batch_descent(
+    wanted: int | str, samples: int, sizes: tuple[int, int], micro_batches: int | None
+) -> None:
+    train = TrainConfig(global_batch_size=wanted, micro_batch_size=16)
+    assert train.sizes(samples) == sizes
+    assert train.micro_batches() == micro_batches
+    plan = Plan(samples, *train.sizes(samples))
+    assert sum(map(len, plan.micro_batches(0))) == sizes[0]

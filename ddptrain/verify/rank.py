@@ -104,7 +104,7 @@ def _report(folder: Path, order: dict[str, Any], config: Config, checks: list[Ch
 
 def _heading(order: dict[str, Any], config: Config) -> str:
     train = config.train
-    micro_batches = train.global_batch_size // train.micro_batch_size
+    micro_batches = train.micro_batches() or "all"
     device = "GPUs" if train.device.name == "cuda" else "the CPU"
     without = ", without train.compile" if order["compiles"] else ""
     return (
