@@ -7,9 +7,10 @@ from functools import partial
 
 from ddptrain.account import Accounted, Window
 from ddptrain.claim import Claim
-from ddptrain.config import Clock, Config, Precision, TrainConfig
+from ddptrain.config import GROUPING, Clock, Config, Precision, TrainConfig
 from ddptrain.data.fetch import Fetcher
 from ddptrain.data.plan import Plan
+from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.loop import Trainer
@@ -95,13 +96,20 @@ def build_step(
     """Build what takes one optimiser step. Raises ``Refused``."""
     train = config.train
     loss_scale = LossScale(ranks.device) if train.precision is Precision.fp16 else None
+    grouping = {key: value for key, value in config.optim.items() if key in GROUPING}
+    optim = {key: value for key, value in config.optim.items() if key not in GROUPING}
+    if optim["_target_"] == "torch.optim.LBFGS" and (train.grad_clip.max_norm or loss_scale):
+        raise Refused(
+            "optim=lbfgs searches along the gradient as it is: set train.grad_clip.max_norm=null, "
+            "and train.precision=fp32 or bf16"
+        )
     micro_batches = len(plan.micro_batches(0))
     if micro_batches < ranks.world_size:
         raise idle(ranks.world_size, micro_batches, train, plan.global_batch_size)
     epoch = plan.steps_per_epoch if train.schedule_by is Clock.epoch else None
     return Step(
         Accounted(task, Window(ranks.device), autocast).to(ranks.device),
-        build_part("optim", build_optimizer, config.optim, task),
+        build_part("optim", build_optimizer, optim, task, grouping),
         build_part("schedule", build_schedule, config.schedule, epoch),
         plan,
         build_strategy(config, ranks, task, loss_scale, micro_batches),

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from ddptrain.config import BUILT, Config, flatten
+from ddptrain.config import BUILT, GROUPING, Config, flatten
 from ddptrain.errors import Refused
 from ddptrain.overrides import parse
 from ddptrain.rules import check
@@ -239,7 +239,21 @@ def _check_built(path: str, node: object, plain: dict[str, Any]) -> None:
         got = "" if isinstance(node, dict) else f", got {node!r}"
         raise Refused(f"{path}: expected a section with _target_{got}; {path}._target_: not set")
     supplied = {"optim": {"params"}, "task": {"model"} if plain.get("model") else set()}
+    if path == "optim":
+        _check_groups(node)
+        node = {key: value for key, value in node.items() if key not in GROUPING}
     _check_targets(node, path, supplied.get(path, set()))
+
+
+def _check_groups(optim: dict[str, Any]) -> None:
+    """Check the options of parameter groups: the optimiser itself would take any."""
+    groups = optim.get("groups") or []
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise Refused(f"optim.groups: expected a list of sections with a match, got {groups!r}")
+    for number, group in enumerate(groups):
+        options = {key: value for key, value in group.items() if key not in ("match", "frozen")}
+        node = {"_target_": optim["_target_"], "_partial_": True, **options}
+        check_arguments(f"optim.groups[{number}]", node, {"params"})
 
 
 def _first_line(error: Exception) -> str:

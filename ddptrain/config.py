@@ -216,6 +216,8 @@ class Config:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
+GROUPING = ("groups", "decay", "layer_decay")
+"""Keys of ``optim`` that say which parameters are treated alike; the others are the optimiser's."""
 BUILT = ("model", "task", "optim", "schedule", "data.train", "data.val", "data.test")
 """Sections that describe an object by its ``_target_``."""
 

@@ -210,7 +210,7 @@ def build_part(key: str, build: Callable[..., Any], node: Any, *arguments: Any, 
     check_objects(key, node)
     try:
         return build(node, *arguments, **more)
-    except (InstantiationException, ImportError, AttributeError) as error:
+    except (InstantiationException, ImportError, AttributeError, ValueError) as error:
         cause = error.__cause__ or error
         name = node.get("_target_") if isinstance(node, dict) else node
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

@@ -37,7 +37,9 @@ PYTHON = {
 }
 ONLY = {
     **PYTHON,
-    "ddptrain": _words("Loss Task data.sets models optim.patience optim.schedules tasks"),
+    "ddptrain": _words(
+        "Loss Task data.sets models optim.muon optim.patience optim.schedules tasks"
+    ),
     "numpy": _words(
         "arange array asarray bool_ dtype empty eye float16 float32 float64 full identity int8 "
         "int16 int32 int64 linspace logspace ones random uint8 zeros"

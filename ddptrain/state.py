@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def optimizer_tensors(task: nn.Module, optimizer: Optimizer) -> tuple[Tensors, d
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
-        for key, value in state.items():
+        for key, value in _entries(state):
             where = tensors if isinstance(value, Tensor) else numbers
             where[f"{names[parameter]}/{key}"] = value
     for index, group in enumerate(optimizer.param_groups):
@@ -70,6 +71,29 @@ def optimizer_tensors(task: nn.Module, optimizer: Optimizer) -> tuple[Tensors, d
             elif isinstance(value, bool | int | float) and key != "lr":
                 numbers[f"#{index}/{key}"] = value
     return tensors, numbers
+
+
+def _entries(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What an optimiser keeps of a parameter; of a list its length and what is in it, by place."""
+    for key, value in state.items():
+        if isinstance(value, list):
+            yield f"{key}[]", len(value)
+            yield from ((f"{key}[{i}]", each) for i, each in enumerate(value) if each is not None)
+        else:
+            yield key, value
+
+
+def _place(state: dict[str, Any], key: str, value: Any) -> None:
+    """Put back what ``_entries`` took, in whatever order."""
+    name, bracket, place = key.partition("[")
+    if not bracket:
+        state[key] = value
+        return
+    listed = state.setdefault(name, [])
+    wanted = int(value) if place == "]" else int(place[:-1]) + 1
+    listed.extend([None] * (wanted - len(listed)))
+    if place != "]":
+        listed[wanted - 1] = value
 
 
 def load_model(task: nn.Module, tensors: Tensors) -> None:
@@ -106,7 +130,7 @@ def load_optimizer(
             # A step counter may live on the host while its parameter is on a device.
             on_host = key == "step" and not _counts_on_device(optimizer)
             value = value.clone() if on_host else value.to(parameter.device, copy=True)
-        optimizer.state[parameter][key] = value
+        _place(optimizer.state[parameter], key, value)
 
 
 def _counts_on_device(optimizer: Optimizer) -> bool:

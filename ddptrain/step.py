@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ddptrain import pulse
 from ddptrain.account import Accounted, add_logs, means
 from ddptrain.beside import make_ready
+from ddptrain.closure import Closure
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
@@ -25,10 +26,9 @@ from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Schedule
 from ddptrain.parallel.buffers import Buffers
 from ddptrain.parallel.ddp import Strategy
+from ddptrain.parallel.faint import Faint
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.tasks.task import Batch
-
-logger = logging.getLogger(__name__)
 
 
 class Step:
@@ -68,8 +68,9 @@ class Step:
         self.names = [n for n, p in module.task.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.task.parameters() if p.requires_grad]
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.searches = isinstance(optimizer, torch.optim.LBFGS)
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self.told_faint: set[str] = set()
+        self.faint = Faint(self.reduction, self.names, self.parameters)
         self.rewinds = 0
         self.norm = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.current: MicroBatch | None = None
@@ -83,7 +84,7 @@ class Step:
         # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
         self.replica(None).backward()
         self.reduction.relay()
-        self._clear_gradients()
+        self.clear_gradients()
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
         """Take step ``step`` (from 0), drawing this rank's micro-batches from ``batches``."""
@@ -91,8 +92,10 @@ class Step:
             self.fingerprints.begin(step)
             self.buffers.begin()
             self.marks.begun += 1
-        self._accumulate(step, batches)
-        gradients, account = self._gradients()
+        mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
+        held = list(islice(batches, len(mine))) if self.searches else []
+        self.accumulate(step, iter(held) if self.searches else batches)
+        gradients, account = self.gradients()
         count = account[0]
         self.fingerprints.gather(gradients, count)
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -103,7 +106,8 @@ class Step:
         # Zero times a number is zero, unless the number is infinite or NaN.
         bad = (norm + account[1]) * 0 != 0
         hopeless = self.reduction.beyond()
-        if (stray := self.buffers.arrive(len(self.plan.micro_batches(step)))) is not None:
+        micro_batches = len(self.plan.micro_batches(step))
+        if (stray := self.buffers.arrive(micro_batches)) is not None:
             bad = bad | stray
             hopeless = stray if hopeless is None else hopeless | stray
         pulse.enter(pulse.UPDATE)
@@ -113,10 +117,11 @@ class Step:
             self.marks.updating += 1
             self.norm.copy_(norm)
             self._follow_schedule(step)
-            self._update(self._judge(step, account, bad, hopeless))
+            closure = Closure(self, step, micro_batches, held, account[1] / count)
+            self._update(self._judge(step, account, bad, hopeless), closure)
             self.marks.taken += 1
 
-    def _accumulate(self, step: int, batches: Iterator[Batch]) -> None:
+    def accumulate(self, step: int, batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
         mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
         for micro_batch in mine[:-1]:
@@ -147,7 +152,7 @@ class Step:
         total.backward()
         self.buffers.collect()
 
-    def _gradients(self) -> tuple[list[Tensor], Tensor]:
+    def gradients(self) -> tuple[list[Tensor], Tensor]:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         unused = [n for n, p in zip(self.names, self.parameters, strict=True) if p.grad is None]
         self._refuse_unused(unused or self._unreduced())
@@ -186,16 +191,16 @@ class Step:
         self.verdicts.put(step, torch.stack(told))
         return skip.float()
 
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, skip: Tensor, closure: Closure) -> None:
         if self.skips_on_device:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip.item():
-            self.optimizer.step()
+            self.optimizer.step(closure if self.searches else None)  # type: ignore[arg-type]
         self.buffers.move(skip)
-        self._clear_gradients()
+        self.clear_gradients()
 
-    def _clear_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         for parameter in self.module.parameters():
             parameter.grad = None
 
@@ -220,7 +225,7 @@ class Step:
 
     def read(self) -> dict[str, float]:
         """Return what the window holds, over all ranks; every rank must call it."""
-        self._tell_faint()
+        self.faint.tell()
         window = self.module.window
         scale = self.norm if self.loss_scale is None else self.loss_scale.value
         numbers = [*window.account, self.norm, self.guard.skipped, scale]
@@ -239,20 +244,6 @@ class Step:
         if self.loss_scale is not None:
             scalars["loss_scale"] = scale_now
         return scalars
-
-    def _tell_faint(self) -> None:
-        """Warn, once, of each parameter whose gradients are too small for an exact sum."""
-        faint = {id(parameter) for parameter in self.reduction.take_faint()}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if id(parameter) in faint and name not in self.told_faint:
-                self.told_faint.add(name)
-                logger.warning(
-                    "the gradient of %s was so small in a step that its sum over micro-batches "
-                    "kept fewer digits than float32 has, or none (exact sums keep what is above "
-                    "2**-68): multiply the loss's sum and its count by 2**20, or more if this is "
-                    "said again, which leaves their ratio, or use parallel.reduction=mean",
-                    name,
-                )
 
     def numbers(self, alone: bool = False) -> dict[str, Any]:
         """What a checkpoint must hold besides tensors of the model and the optimiser.

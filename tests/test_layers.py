@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": GROUND,
     "account": GROUND | {"tasks"},
     "fingerprints": GROUND | PARTS,
-    "step": GROUND | PARTS | {"account", "fingerprints"},
+    "closure": GROUND | {"account", "fingerprints", "parallel", "tasks"},
+    "step": GROUND | PARTS | {"account", "closure", "fingerprints"},
     "evaluate": GROUND | PARTS | {"account", "config"},
     # Called by the loop, and import none of it.
     "checkpoint": GROUND | {"state", "parallel"},
