@@ -141,16 +141,26 @@ def evaluations(ranks: Ranks, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+LANGUAGE_MODEL = [
+    *("experiment=stdlib_lm", "model.layers=1", "model.width=16", "model.dropout=0.1"),
+    *("data.val=null", "data.test=null", "eval.every_steps=null", "checkpoint.keep_best=0"),
+]
 EXACT = {
     "digits": ["experiment=digits"],
-    "stdlib_lm": [
-        *("experiment=stdlib_lm", "model.layers=1", "model.width=16", "model.dropout=0.1"),
-        *("data.val=null", "data.test=null", "eval.every_steps=null", "checkpoint.keep_best=0"),
-    ],
+    "stdlib_lm": LANGUAGE_MODEL,
     "own model, clipped": ["experiment=ragged", "train.grad_clip.max_norm=0.02"],
     "batch norm": ["experiment=ragged", "model.batch_norm=true", "train.micro_batch_size=3"],
     "fp16": ["experiment=ragged", "train.precision=fp16"],
     "double": ["experiment=ragged", "task.double=true", "parallel.bucket_mb=0.0001"],
+    "muon": [*LANGUAGE_MODEL, "optim=muon", "optim.layer_decay=0.5"],
+    "lbfgs": [
+        *("experiment=ragged", "optim=lbfgs", "optim.max_iter=3", "train.grad_clip.max_norm=null"),
+        *("train.global_batch_size=all", "train.micro_batch_size=5", "model.batch_norm=true"),
+    ],
+    **{
+        name: ["experiment=ragged", f"optim={name}"]
+        for name in ("sgd", "adam", "adagrad", "rmsprop", "adadelta", "nadam", "radam")
+    },
 }
 
 
