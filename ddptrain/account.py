@@ -14,7 +14,7 @@ from ddptrain.tasks.task import Batch, Loss, Task
 
 RESERVED = frozenset(
     {"step", "split", "loss", "lr", "grad_norm", "samples", "samples_per_second", "epoch",
-     "skipped_steps", "rewinds", "loss_scale"}
+     "skipped_steps", "rewinds", "loss_scale", "penalty", "sparsity"}
 )  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from functools import partial
+
+from torch.optim import LBFGS
 
 from ddptrain.account import Accounted, Window
 from ddptrain.claim import Claim
-from ddptrain.config import GROUPING, Clock, Config, Precision, TrainConfig
+from ddptrain.config import GROUPING, Clock, Config, Penalised, Precision, TrainConfig
 from ddptrain.data.fetch import Fetcher
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
@@ -17,7 +20,9 @@ from ddptrain.loop import Trainer
 from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
 from ddptrain.optim.build import build_optimizer, build_schedule
+from ddptrain.optim.clip import Clip
 from ddptrain.optim.loss_scale import LossScale
+from ddptrain.optim.penalty import Penalty
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.parts import (
     Autocast,
@@ -98,10 +103,14 @@ def build_step(
     loss_scale = LossScale(ranks.device) if train.precision is Precision.fp16 else None
     grouping = {key: value for key, value in config.optim.items() if key in GROUPING}
     optim = {key: value for key, value in config.optim.items() if key not in GROUPING}
-    if optim["_target_"] == "torch.optim.LBFGS" and (train.grad_clip.max_norm or loss_scale):
+    optimizer = build_part("optim", build_optimizer, optim, task, grouping)
+    clip = Clip(**asdict(train.grad_clip))
+    of_all = train.penalty.of is Penalised.all
+    penalty = Penalty(optimizer, train.penalty.l1, train.penalty.l2, of_all)
+    if isinstance(optimizer, LBFGS) and (clip or loss_scale or train.penalty.l1):
         raise Refused(
             "optim=lbfgs searches along the gradient as it is: set train.grad_clip.max_norm=null, "
-            "and train.precision=fp32 or bf16"
+            "train.penalty.l1=0 and train.precision=fp32 or bf16"
         )
     micro_batches = len(plan.micro_batches(0))
     if micro_batches < ranks.world_size:
@@ -109,13 +118,14 @@ def build_step(
     epoch = plan.steps_per_epoch if train.schedule_by is Clock.epoch else None
     return Step(
         Accounted(task, Window(ranks.device), autocast).to(ranks.device),
-        build_part("optim", build_optimizer, optim, task, grouping),
+        optimizer,
         build_part("schedule", build_schedule, config.schedule, epoch),
         plan,
         build_strategy(config, ranks, task, loss_scale, micro_batches),
         ranks,
         total_steps=total_steps,
-        max_norm=train.grad_clip.max_norm,
+        clip=clip,
+        penalty=penalty if penalty.l1 or penalty.l2 else None,
         guard=build_guard(train, ranks.device),
         loss_scale=loss_scale,
         fingerprints=Fingerprints(task, plan, ranks, config.log.fingerprint_every, total_steps),

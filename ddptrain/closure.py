@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ddptrain.account import Accounted, Window
+from ddptrain.data.plan import MicroBatch
 from ddptrain.fingerprints import Fingerprints
+from ddptrain.optim.penalty import Penalty
 from ddptrain.parallel.buffers import Buffers
 from ddptrain.tasks.task import Batch
 
@@ -20,10 +22,11 @@ class Evaluated(Protocol):
     module: Accounted
     fingerprints: Fingerprints
     buffers: Buffers
+    penalty: Penalty | None
 
     def clear_gradients(self) -> None: ...
 
-    def accumulate(self, step: int, batches: Iterator[Batch]) -> None: ...
+    def accumulate(self, step: int, mine: list[MicroBatch], batches: Iterator[Batch]) -> None: ...
 
     def gradients(self) -> tuple[list[Tensor], Tensor]: ...
 
@@ -37,14 +40,22 @@ class Closure:
     """
 
     def __init__(
-        self, step: Evaluated, number: int, micro_batches: int, batches: list[Batch], loss: Tensor
+        self,
+        step: Evaluated,
+        number: int,
+        mine: list[MicroBatch],
+        batches: list[Batch],
+        micro_batches: int,
+        loss: Tensor,
     ) -> None:
-        """``batches`` are this rank's of the ``micro_batches``; ``loss`` is known already."""
+        """``batches`` are those of ``mine``, of so many ``micro_batches``; ``loss`` is known."""
         self.step = step
         self.number = number
-        self.micro_batches = micro_batches
+        self.mine = mine
         self.batches = batches
-        self.loss: Tensor | None = loss
+        self.micro_batches = micro_batches
+        self.penalty = step.penalty
+        self.loss: Tensor | None = loss + self._penalty()
 
     def __call__(self) -> Tensor:
         if self.loss is not None:
@@ -55,9 +66,14 @@ class Closure:
         was_active, step.fingerprints.active = step.fingerprints.active, False
         step.clear_gradients()
         step.buffers.begin()
-        step.accumulate(self.number, iter(self.batches))
+        step.accumulate(self.number, self.mine, iter(self.batches))
         gradients, account = step.gradients()
         step.buffers.arrive(self.micro_batches)
+        if self.penalty is not None:
+            self.penalty.add(account[0])
         torch._foreach_mul_(gradients, account[0].reciprocal())
         step.module.window, step.fingerprints.active = window, was_active
-        return account[1] / account[0]
+        return account[1] / account[0] + self._penalty()
+
+    def _penalty(self) -> Tensor | float:
+        return 0.0 if self.penalty is None else self.penalty.value()

@@ -74,6 +74,20 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class GradClipConfig:
     max_norm: float | None = MISSING
+    per_unit: float | None = MISSING
+    max_value: float | None = MISSING
+
+
+class Penalised(Enum):
+    weights = "weights"
+    all = "all"
+
+
+@dataclass(kw_only=True, slots=True)
+class PenaltyConfig:
+    l1: float = MISSING
+    l2: float = MISSING
+    of: Penalised = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,6 +113,7 @@ class TrainConfig:
     micro_batch_size: int = MISSING
     precision: Precision = MISSING
     grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     nonfinite: Remedy = MISSING
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     rewind_every_steps: int = MISSING

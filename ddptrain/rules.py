@@ -31,6 +31,8 @@ def _check_sizes(config: Config) -> None:
         "train.max_epochs": train.max_epochs,
         "train.micro_batch_size": train.micro_batch_size,
         "train.grad_clip.max_norm": train.grad_clip.max_norm,
+        "train.grad_clip.per_unit": train.grad_clip.per_unit,
+        "train.grad_clip.max_value": train.grad_clip.max_value,
         "train.spike.deviations": train.spike.deviations,
         "train.spike.window": train.spike.window,
         "train.rewind_every_steps": train.rewind_every_steps,
@@ -52,7 +54,9 @@ def _check_sizes(config: Config) -> None:
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise Refused(f"{key}: expected a number above 0, got {value}")
-    counts: dict[str, int | None] = {
+    counts: dict[str, float | None] = {
+        "train.penalty.l1": train.penalty.l1,
+        "train.penalty.l2": train.penalty.l2,
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "checkpoint.keep_faults": config.checkpoint.keep_faults,
         "data.workers": config.data.workers,

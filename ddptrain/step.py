@@ -21,8 +21,10 @@ from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.lagging import Lagging
 from ddptrain.marks import Marks
+from ddptrain.optim.clip import Clip
 from ddptrain.optim.guard import Guard, Verdict
 from ddptrain.optim.loss_scale import LossScale
+from ddptrain.optim.penalty import Penalty
 from ddptrain.optim.schedules import Schedule
 from ddptrain.parallel.buffers import Buffers
 from ddptrain.parallel.ddp import Strategy
@@ -47,7 +49,8 @@ class Step:
         ranks: Ranks,
         *,
         total_steps: int,
-        max_norm: float | None,
+        clip: Clip,
+        penalty: Penalty | None,
         guard: Guard,
         loss_scale: LossScale | None,
         fingerprints: Fingerprints,
@@ -61,7 +64,8 @@ class Step:
         self.reduction = strategy.reduction
         self.ranks = ranks
         self.total_steps = total_steps
-        self.max_norm = max_norm
+        self.clip = clip
+        self.penalty = penalty
         self.guard = guard
         self.loss_scale = loss_scale
         self.fingerprints = fingerprints
@@ -69,6 +73,7 @@ class Step:
         self.parameters = [p for p in module.task.parameters() if p.requires_grad]
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.searches = isinstance(optimizer, torch.optim.LBFGS)
+        self.closure: Closure | None = None
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.faint = Faint(self.reduction, self.names, self.parameters)
         self.rewinds = 0
@@ -94,15 +99,15 @@ class Step:
             self.marks.begun += 1
         mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
         held = list(islice(batches, len(mine))) if self.searches else []
-        self.accumulate(step, iter(held) if self.searches else batches)
+        self.accumulate(step, mine, iter(held) if self.searches else batches)
         gradients, account = self.gradients()
         count = account[0]
         self.fingerprints.gather(gradients, count)
+        if self.penalty is not None:
+            self.penalty.add(count)
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         norm = total / count
-        # One factor turns sums into means and clips: 1 / count, or max_norm / total if smaller.
-        divisor = count if self.max_norm is None else count.maximum(total / self.max_norm)
-        torch._foreach_mul_(gradients, divisor.reciprocal())
+        self.clip(self.parameters, gradients, count, total)
         # Zero times a number is zero, unless the number is infinite or NaN.
         bad = (norm + account[1]) * 0 != 0
         hopeless = self.reduction.beyond()
@@ -117,13 +122,14 @@ class Step:
             self.marks.updating += 1
             self.norm.copy_(norm)
             self._follow_schedule(step)
-            closure = Closure(self, step, micro_batches, held, account[1] / count)
-            self._update(self._judge(step, account, bad, hopeless), closure)
+            skip = self._judge(step, account, bad, hopeless)
+            if self.searches:
+                self.closure = Closure(self, step, mine, held, micro_batches, account[1] / count)
+            self._update(skip)
             self.marks.taken += 1
 
-    def accumulate(self, step: int, batches: Iterator[Batch]) -> None:
+    def accumulate(self, step: int, mine: list[MicroBatch], batches: Iterator[Batch]) -> None:
         """Sum the gradients of this rank's micro-batches; all-reduce them with the last."""
-        mine = self.plan.micro_batches(step, self.ranks.rank, self.ranks.world_size)
         for micro_batch in mine[:-1]:
             with self.strategy.accumulate(self.replica):
                 self._backward(micro_batch, batches, pulse.FORWARD)
@@ -191,12 +197,14 @@ class Step:
         self.verdicts.put(step, torch.stack(told))
         return skip.float()
 
-    def _update(self, skip: Tensor, closure: Closure) -> None:
+    def _update(self, skip: Tensor) -> None:
         if self.skips_on_device:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip.item():
-            self.optimizer.step(closure if self.searches else None)  # type: ignore[arg-type]
+            self.optimizer.step(self.closure)  # type: ignore[arg-type]
+        if self.penalty is not None:
+            self.penalty.shrink(skip)
         self.buffers.move(skip)
         self.clear_gradients()
 
@@ -237,6 +245,7 @@ class Step:
         }
         if told:
             scalars |= means(add_logs(self.ranks.gather(window.logs())))
+        scalars |= {} if self.penalty is None else self.penalty.scalars()
         if skipped:
             scalars["skipped_steps"] = skipped
         if self.rewinds:

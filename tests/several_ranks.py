@@ -152,6 +152,10 @@ EXACT = {
     "batch norm": ["experiment=ragged", "model.batch_norm=true", "train.micro_batch_size=3"],
     "fp16": ["experiment=ragged", "train.precision=fp16"],
     "double": ["experiment=ragged", "task.double=true", "parallel.bucket_mb=0.0001"],
+    "penalties": [
+        *("experiment=ragged", "train.penalty.l1=0.01", "train.penalty.l2=0.1"),
+        *("train.grad_clip.per_unit=0.05", "train.grad_clip.max_value=0.01"),
+    ],
     "muon": [*LANGUAGE_MODEL, "optim=muon", "optim.layer_decay=0.5"],
     "lbfgs": [
         *("experiment=ragged", "optim=lbfgs", "optim.max_iter=3", "train.grad_clip.max_norm=null"),

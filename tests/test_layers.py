@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": GROUND,
     "account": GROUND | {"tasks"},
     "fingerprints": GROUND | PARTS,
-    "closure": GROUND | {"account", "fingerprints", "parallel", "tasks"},
+    "closure": GROUND | PARTS | {"account", "fingerprints"},
     "step": GROUND | PARTS | {"account", "closure", "fingerprints"},
     "evaluate": GROUND | PARTS | {"account", "config"},
     # Called by the loop, and import none of it.
