@@ -204,7 +204,7 @@ class Step:
         elif not skip.item():
             self.optimizer.step(self.closure)  # type: ignore[arg-type]
         if self.penalty is not None:
-            self.penalty.shrink(skip)
+            self.penalty.hold()
         self.buffers.move(skip)
         self.clear_gradients()
 
