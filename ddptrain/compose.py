@@ -23,10 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddptrain.config import BUILT, GROUPING, Config, flatten
 from ddptrain.errors import Refused
+from ddptrain.nearest import suggest
 from ddptrain.overrides import parse
 from ddptrain.rules import check
 from ddptrain.snapshot import code_folder, make_importable
-from ddptrain.targets import check_arguments, suggest
+from ddptrain.targets import check_arguments
 from ddptrain.trust import check_targets
 
 PACKAGE = Path(__file__).resolve().parent
@@ -271,8 +272,7 @@ def _refusal(error: Exception, experiment: str = "?") -> Refused:
         group, option = found.groups()
         return Refused(f"{group}={option}: no such option" + suggest(option, options(group)))
     if isinstance(error, OmegaConfBaseException):
-        message = _first_line(error)
-        key = error.full_key
+        message, key = _first_line(error), error.full_key
         if message.endswith("is not in struct"):
             return Refused(f"unknown key {key}")
         if enum := re.search(r"Invalid value '(.+?)', expected one of \[(.+)\]", message):

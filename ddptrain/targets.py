@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 from omegaconf import MISSING
 
 from ddptrain.errors import Refused
+from ddptrain.nearest import suggest
 from ddptrain.signatures import Absent, read_signature
 
 SIMPLE_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -53,14 +52,6 @@ def check_arguments(path: str, node: dict[str, object], supplied: set[str]) -> N
         if value is None and name in signature.default_none:
             continue
         _check_type(f"{path}.{name}", signature.annotations[name], node[name])
-
-
-def suggest(name: str, candidates: list[str], prefix: str = "") -> str:
-    """Return "; did you mean …?" for the nearest candidate, or what there is to choose from."""
-    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    return f"; there is {', '.join(sorted(candidates))}" if candidates else ""
 
 
 def _check_type(key: str, annotation: str | None, value: object) -> None:

@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "generators", "hashing",
           "srun", "failpoints", "lagging", "pulse", "processes", "beside",
-          "marks"}  # fmt: skip
+          "marks", "nearest"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
                   "rules", "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
@@ -37,18 +37,20 @@ ALLOWED: dict[str, set[str]] = {
     "beside": set(),
     "marks": set(),
     "lagging": set(),
+    "nearest": set(),
     "hashing": set(),
     "config": {"errors"},
     "rules": {"config", "errors"},
     "sources": set(),
     "signatures": {"sources"},
-    "targets": {"errors", "signatures"},
+    "targets": {"errors", "nearest", "signatures"},
     "permitted": set(),
     "overrides": {"errors"},
     "trust": {"errors", "permitted", "sources"},
     "state": {"errors"},
     "snapshot": {"origin"},
-    "compose": {"config", "errors", "overrides", "rules", "snapshot", "targets", "trust"},
+    "compose": {"config", "errors", "nearest", "overrides", "rules", "snapshot", "targets",
+                "trust"},
     "origin": set(),
     "stored": {"compose", "config", "errors", "files"},
     "run_directory": {"claim", "compose", "config", "errors", "files", "origin", "overrides",

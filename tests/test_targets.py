@@ -17,7 +17,8 @@ import pytest
 from hydra.utils import instantiate
 
 from ddptrain.errors import Refused
-from ddptrain.targets import check_arguments, suggest
+from ddptrain.nearest import suggest
+from ddptrain.targets import check_arguments
 
 Node = dict[str, Any]
 NUMBER = count()
