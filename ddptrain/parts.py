@@ -212,6 +212,8 @@ def build_part(key: str, build: Callable[..., Any], node: Any, *arguments: Any, 
         return build(node, *arguments, **more)
     except (InstantiationException, ImportError, AttributeError, ValueError) as error:
         cause = error.__cause__ or error
+        if isinstance(cause, Refused):
+            raise Refused(f"{key}: {cause}") from None
         name = node.get("_target_") if isinstance(node, dict) else node
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise Refused(f"{key}: could not build {name}: {reason}") from cause
