@@ -38,7 +38,9 @@ PYTHON = {
 ONLY = {
     **PYTHON,
     "ddptrain": _words(
-        "Loss Task data.sets models optim.muon optim.patience optim.schedules tasks"
+        "Loss Task data.ImageFolder data.Table data.TextFiles data.TextFolder data.sets "
+        "data.images.ImageFolder data.table.Table data.texts.TextFiles data.texts.TextFolder "
+        "models optim.muon optim.patience optim.schedules tasks"
     ),
     "numpy": _words(
         "arange array asarray bool_ dtype empty eye float16 float32 float64 full identity int8 "

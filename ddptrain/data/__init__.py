@@ -1,1 +1,7 @@
-"""Which samples a step trains on, and how they are fetched."""
+"""Which samples a step trains on, and how they are fetched; data sets of a user's own files."""
+
+from ddptrain.data.images import ImageFolder
+from ddptrain.data.table import Table
+from ddptrain.data.texts import TextFiles, TextFolder
+
+__all__ = ["ImageFolder", "Table", "TextFiles", "TextFolder"]

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from ddptrain.data.shuffle import Permutation
+from ddptrain.data.splits import split_indices
+from ddptrain.data.texts import Windows, joined
 from ddptrain.keys import derive
-
-SPLITS = {"train": (0.0, 0.70), "val": (0.70, 0.85), "test": (0.85, 1.0)}
-"""Which part of a fixed permutation of the samples a split is; the run's seed has no say."""
-
-
-def split_indices(samples: int, split: str) -> npt.NDArray[np.int64]:
-    """The indices of ``split`` ("train", "val" or "test"); the three are disjoint and complete."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-    low, high = (round(samples * part) for part in SPLITS[split])
-    return Permutation(samples, derive(0, "split"))(np.arange(low, high))
 
 
 class Digits(TensorDataset):
@@ -53,34 +39,22 @@ class BreastCancer(TensorDataset):
         super().__init__(torch.from_numpy(standardised).float(), torch.from_numpy(labels[mine]))
 
 
-class StandardLibrary(Dataset[Tensor]):
+class StandardLibrary(Windows):
     """The source of the Python that is running, as windows of ``context + 1`` bytes.
 
-    Whole files go to one split, one in fifty to validation, by a hash of their path. Windows of
-    the concatenated files overlap by one byte, so every byte but the first is predicted once.
+    Whole files go to one split, one in fifty to validation, by a hash of their path.
     """
 
     def __init__(self, split: str, context: int) -> None:
         if split not in ("train", "val"):
             raise ValueError(f"split {split!r}: expected 'train' or 'val'")
         root = Path(sysconfig.get_paths()["stdlib"])
-        text = bytearray()
-        for name in _source_files(root):
-            if (derive(0, f"file/{name}") % 50 == 0) == (split == "val"):
-                text += (root / name).read_bytes()
-        self.bytes = torch.frombuffer(text, dtype=torch.uint8)
-        self.context = context
-
-    def __len__(self) -> int:
-        return (len(self.bytes) - 1) // self.context
-
-    def __getitem__(self, index: int) -> Tensor:
-        start = index * self.context
-        return self.bytes[start : start + self.context + 1].long()
-
-    def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        windows = self.bytes.unfold(0, self.context + 1, self.context)
-        return windows[torch.as_tensor(indices)].long()
+        mine = [
+            root / name
+            for name in _source_files(root)
+            if (derive(0, f"file/{name}") % 50 == 0) == (split == "val")
+        ]
+        super().__init__(joined(mine), context)
 
 
 def _source_files(root: Path) -> list[str]:

@@ -3,5 +3,6 @@
 from ddptrain.models.convnet import ConvNet
 from ddptrain.models.gpt import GPT
 from ddptrain.models.mlp import MLP
+from ddptrain.models.text_classifier import TextClassifier
 
-__all__ = ["GPT", "MLP", "ConvNet"]
+__all__ = ["GPT", "MLP", "ConvNet", "TextClassifier"]

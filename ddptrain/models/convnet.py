@@ -6,16 +6,18 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Maps (B, 1, H, W) to (B, classes): two convolutions, two more at half size, a linear head.
+    """Maps (B, inputs, H, W) to (B, classes): two convolutions, two at half size, a linear head.
 
     Normalises by group, not by batch, so that a sample's result does not depend on its
     micro-batch (Wu and He, *Group Normalization*, ECCV 2018).
     """
 
-    def __init__(self, channels: int = 32, classes: int = 10, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: int = 32, classes: int = 10, dropout: float = 0.0, inputs: int = 1
+    ) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            *self._block(1, channels),
+            *self._block(inputs, channels),
             *self._block(channels, channels),
             nn.MaxPool2d(2),
             *self._block(channels, 2 * channels),
