@@ -175,6 +175,7 @@ IMPORTS = [
 MORE_IMPORTS = [
     ("ddptrain.tasks", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),
     ("ddptrain.models", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),
+    ("ddptrain.data", {"pyarrow", "PIL", "torchmetrics", "hydra", "omegaconf", "sklearn"}),
     ("ddptrain.data.sets", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),
     ("ddptrain.build", {"torchmetrics", "tensorboard", "sklearn", "rich"}),
 ]

@@ -748,6 +748,8 @@ def test_valid_calls_of_libraries_are_never_refused(library: str) -> None:
         node("ddptrain.Loss", sum=1, count=2),
         node("ddptrain.tasks.task.Loss", sum=1, count=2, logs={}),
         node("ddptrain.data.sets.StandardLibrary", split="train", context=3),
+        node("ddptrain.data.Table", split="train", path={"train": "a.csv"}, target="y", inputs=3),
+        node("ddptrain.data.TextFolder", split="train", folder="texts", length=3),
     ],
     ids=lambda given: given["_target_"],
 )

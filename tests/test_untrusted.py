@@ -127,6 +127,7 @@ PACKAGES = [
     *("torch.nn.Linear.__init__.__globals__.get", "torch.nn.Module.__class__"),
     *("torch.optim.optimizer.functools.partial", "torch.nn.parallel.distributed.dist.new_group"),
     *("ddptrain.files.replace_text", "ddptrain.cli.main", "ddptrain.launch.agent.start_ranks"),
+    *("ddptrain.data.texts.glob.glob", "ddptrain.data.tabular.TabularFile"),
     *("ddptrain.data.sets.os.walk", "ddptrain.optim.build.build_optimizer", "ddptrain.Trainer"),
 ]
 OWN = [
@@ -258,6 +259,8 @@ NAMED = [
     *("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "math.sqrt"),
     *("pathlib.Path", "datetime.timedelta", "decimal.Decimal", "fractions.Fraction"),
     *("random.Random", "ddptrain.Task", "ddptrain.tasks.Classification", "ddptrain.models.GPT"),
+    *("ddptrain.data.Table", "ddptrain.data.table.Table", "ddptrain.data.ImageFolder"),
+    *("ddptrain.data.TextFiles", "ddptrain.data.TextFolder", "ddptrain.models.TextClassifier"),
     *("ddptrain.data.sets.Digits", "ddptrain.data.sets.TensorDataset"),
     *("ddptrain.optim.schedules.Cosine", "mine.Net", "mine.Relu", "mine.Head", "mine.build.Part"),
     *("mine.build.part", "mine.build.Part.make", "mine.build.ready", "mine.build.Pair"),
