@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -125,6 +126,8 @@ class RunDirectory:
         """Be gone, if it was made for a start that has been refused, and holds none before it."""
         if self.is_new and not self.attempts.exists():
             rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # others' runs are there
+                self.path.parent.rmdir()
 
     def load(self) -> Config:
         """Return the stored config. Raises ``Refused``, also if it names what may run code.

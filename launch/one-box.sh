@@ -5,7 +5,7 @@
 #   RANKS=2 launch/one-box.sh experiment=digits run.dir=runs/mine
 #
 # `ddptrain train` does the same without torchrun, and starts its ranks faster. Ctrl-C saves and
-# stops; the same command with the same run.dir goes on.
+# stops, with a traceback of torchrun's; the same command with the same run.dir goes on.
 set -euo pipefail
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || gpus=1
 exec python -m torch.distributed.run --standalone --nproc-per-node="${RANKS:-$gpus}" \

@@ -288,5 +288,6 @@ def test_a_jobs_memory_is_that_of_the_least_of_its_groups(tmp_path: Path) -> Non
     (first / "memory.limit_in_bytes").write_text(str(GB))
     (first / "memory.usage_in_bytes").write_text(str(GB // 2))
     (first / "memory.stat").write_text("total_inactive_file 0\n")
+    assert room_in_groups("0::/\n", tmp_path / "memory") == []
     groups = "5:cpu,memory:/slurm/x\n1:name=systemd:/a:b\n"
     assert room_in_groups(groups, tmp_path) == [GB - GB // 2]

@@ -145,5 +145,6 @@ def ask(*command: str, of_job: bool = True) -> str:
     except FileNotFoundError:
         raise TrainingError(f"{command[0]} is not there: load Slurm's module") from None
     except subprocess.CalledProcessError as error:
-        raise TrainingError(f"{' '.join(command)}: {error.stderr.strip()}") from None
+        told = " ".join(error.stderr.split())
+        raise TrainingError(told if command[0] in told else f"{command[0]}: {told}") from None
     return done.stdout

@@ -118,7 +118,7 @@ def _memory() -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     with suppress(OSError):
-        return min(free, *room_in_groups(Path("/proc/self/cgroup").read_text(), CGROUP))
+        return min([free, *room_in_groups(Path("/proc/self/cgroup").read_text(), CGROUP)])
     return free
 
 

@@ -111,7 +111,7 @@ class Named(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters) -> None:
         """Raises ``Refused`` if the endpoint cannot be, ``PeerFailed`` if nobody opens it."""
         host, port = parse_rendezvous_endpoint(parameters.endpoint, PORT)
-        self.where = f"{host}:{port}"
+        self.where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.least, self.most = parameters.min_nodes, parameters.max_nodes
         self.seconds = int(parameters.get("join_timeout", JOIN_SECONDS))
         address = _numeric(host)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from ddptrain import pulse
-from ddptrain.errors import Disagreement, Refused
+from ddptrain.errors import Disagreement, PeerFailed, Refused
 from ddptrain.parallel.meeting_point import open_store
 from ddptrain.parallel.roll_call import Attempt, Process, exchange, meet
 from ddptrain.place import Place
@@ -70,7 +72,8 @@ class Ranks:
         self.store = open_store(self.place, seconds, first=True)
         if self.world_size > 1:
             board = PrefixStore("roll-call", self.store)
-            self.attempt = meet(board, self.rank, self.world_size, seconds)
+            with _store_may_go():
+                self.attempt = meet(board, self.rank, self.world_size, seconds)
 
     def join(self, timeout: timedelta) -> None:
         """Form the process group of several ranks, which have met."""
@@ -140,7 +143,8 @@ class Ranks:
         self.agreements += 1
         board = PrefixStore(f"agree-{self.attempt.name}-{self.agreements}", self.store)
         said = json.dumps(mine, default=str)
-        told = exchange(board, self.rank, self.world_size, said, self.patience)
+        with _store_may_go():
+            told = exchange(board, self.rank, self.world_size, said, self.patience)
         return [json.loads(one) for one in told]
 
     def name_of(self, rank: int) -> str:
@@ -182,6 +186,19 @@ class Ranks:
     def leave(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _store_may_go() -> Iterator[None]:
+    """Tell in a line that the store has gone, with rank 0 or with the launcher."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        why = str(error).splitlines()[0]
+        raise PeerFailed(
+            f"the store in which ranks meet has gone ({why}): rank 0, or its launcher, has left "
+            "while all were meeting, and its error is the one to look at"
+        ) from None
 
 
 def _why_none() -> str:
