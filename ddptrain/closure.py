@@ -24,8 +24,6 @@ class Evaluated(Protocol):
     buffers: Buffers
     penalty: Penalty | None
 
-    def clear_gradients(self) -> None: ...
-
     def accumulate(self, step: int, mine: list[MicroBatch], batches: Iterator[Batch]) -> None: ...
 
     def gradients(self) -> tuple[list[Tensor], Tensor]: ...
@@ -64,7 +62,7 @@ class Closure:
         step = self.step
         window, step.module.window = step.module.window, Window(step.module.account.device)
         was_active, step.fingerprints.active = step.fingerprints.active, False
-        step.clear_gradients()
+        step.module.zero_grad()
         step.buffers.begin()
         step.accumulate(self.number, self.mine, iter(self.batches))
         gradients, account = step.gradients()

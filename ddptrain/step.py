@@ -22,7 +22,7 @@ from ddptrain.generators import key_generators
 from ddptrain.lagging import Lagging
 from ddptrain.marks import Marks
 from ddptrain.optim.clip import Clip
-from ddptrain.optim.guard import Guard, Verdict
+from ddptrain.optim.guard import Guard, Verdict, change_unless
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.penalty import Penalty
 from ddptrain.optim.schedules import Schedule
@@ -30,7 +30,7 @@ from ddptrain.parallel.buffers import Buffers
 from ddptrain.parallel.ddp import Strategy
 from ddptrain.parallel.faint import Faint
 from ddptrain.parallel.ranks import Ranks
-from ddptrain.tasks.task import Batch
+from ddptrain.tasks.task import Batch, Task
 
 
 class Step:
@@ -76,6 +76,7 @@ class Step:
         self.closure: Closure | None = None
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.faint = Faint(self.reduction, self.names, self.parameters)
+        self.projects = type(module.task).project is not Task.project
         self.rewinds = 0
         self.norm = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.current: MicroBatch | None = None
@@ -89,7 +90,7 @@ class Step:
         # bucket can decide how it is rounded: a resumed run must not have a first step of its own.
         self.replica(None).backward()
         self.reduction.relay()
-        self.clear_gradients()
+        self.module.zero_grad()
 
     def __call__(self, step: int, batches: Iterator[Batch]) -> None:
         """Take step ``step`` (from 0), drawing this rank's micro-batches from ``batches``."""
@@ -205,12 +206,10 @@ class Step:
             self.optimizer.step(self.closure)  # type: ignore[arg-type]
         if self.penalty is not None:
             self.penalty.hold()
+        if self.projects:
+            change_unless(skip, self.parameters, self.module.task.project)
         self.buffers.move(skip)
-        self.clear_gradients()
-
-    def clear_gradients(self) -> None:
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        self.module.zero_grad()
 
     def heard(self, wants_stop: bool, wait: bool) -> list[Verdict]:
         """What is known by now of the steps since the last call, the same on every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,3 +144,15 @@ class Guard:
         self.in_a_row.fill_(numbers["in_a_row"])
         if self.spikes is not None and "spikes" in numbers:
             self.spikes.load(numbers["spikes"])
+
+
+@torch.no_grad()
+def change_unless(skip: Tensor, parameters: Sequence[Tensor], change: Callable[[], None]) -> None:
+    """Let ``change`` write to ``parameters``, but if ``skip`` is 1, which no host waits to know.
+
+    They are the same bits as before then, whatever ``change`` would round.
+    """
+    before = [parameter.clone() for parameter in parameters]
+    change()
+    for parameter, old in zip(parameters, before, strict=True):
+        parameter.copy_(old.where(skip > 0, parameter))

@@ -37,6 +37,13 @@ class Task(nn.Module):
         """Return the loss of one micro-batch."""
         raise TypeError(f"{type(self).__name__} has no forward(batch) that returns a Loss")
 
+    def project(self) -> None:
+        """Move parameters, in place, to where they are allowed; by default they may be anywhere.
+
+        Called after every update, without gradients, on every rank alike. A GPU should not have to
+        wait for it.
+        """
+
     def metrics(self) -> dict[str, Metric]:
         """Return fresh torchmetrics by name, for one evaluation."""
         from ddptrain.tasks.mean import Mean
