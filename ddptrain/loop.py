@@ -207,5 +207,6 @@ class Trainer(Run):
         self.save()
         self.checkpoints.settle()
         if self.ranks.is_first:
-            self.observer.finish(self.done, self.metrics, self.checkpoints.best_metrics())
+            best = self.checkpoints.best_metrics()
+            self.observer.finish(self.done, self.metrics, best, self.task.figures)
         return self.metrics

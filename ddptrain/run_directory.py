@@ -83,6 +83,10 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ddptrain.errors import Refused
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 Scalars = dict[str, float]
@@ -224,6 +225,9 @@ class TensorBoard:
         except OSError:
             self.opened = None  # one that has failed once takes nothing any more
             raise
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        self._writer().add_figure(name, figure, step)
 
     def finish(self, step: int, hparams: dict[str, Any], outcome: Scalars) -> None:
         """Write the run as a row of the HPARAMS tab: its config and ``outcome``."""

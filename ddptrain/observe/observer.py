@@ -16,6 +16,7 @@ import yaml
 from ddptrain.config import Config, flatten, to_plain
 from ddptrain.files import read_json, replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen
+from ddptrain.observe.figures import Draw, drawn, save_figure
 from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
 from ddptrain.observe.phases import Phases
 from ddptrain.origin import versions
@@ -189,8 +190,14 @@ class Observer:
         if self.speaks and step < total_steps:
             say(f"ends after step {step} of {total_steps}: {why}")
 
-    def finish(self, step: int, metrics: Scalars, best: Scalars) -> None:
-        """Write the run's row for TensorBoard's HPARAMS tab, and close everything."""
+    def finish(self, step: int, metrics: Scalars, best: Scalars, figures: Draw) -> None:
+        """Write the task's pictures, and the run's row for the HPARAMS tab; close everything."""
+        for name, figure in drawn(figures, self.run.metrics).items():
+            with self._surviving(self.run):
+                save_figure(figure, self.run.figures / f"{name}.png")
+            if self.board is not None:
+                with self._surviving(self.board):
+                    self.board.figure(step, name, figure)
         if self.board is not None:
             outcome = {f"final/{name}": value for name, value in metrics.items()}
             outcome |= {f"best/{name}": value for name, value in best.items()}

@@ -42,6 +42,7 @@ def summarise(run: RunDirectory, result: dict[str, Any], example: str | None) ->
             f"run          {where}",
             f"curves       tensorboard --logdir {short(runs if runs else run.path)}",
             f"weights      ddptrain export {where}",
+            *([f"pictures     {short(run.figures)}"] if run.figures.exists() else []),
             *_of_faults(run),
         ]
     )

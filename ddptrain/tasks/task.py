@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torchmetrics import Metric
 
 Batch: TypeAlias = Any
@@ -61,3 +62,10 @@ class Task(nn.Module):
     def example(self) -> str | None:
         """Return a piece of what the model does, to show at the end of a run, or None."""
         return None
+
+    def figures(self, lines: list[dict[str, Any]]) -> dict[str, Figure]:
+        """Return pictures of a run that is over, by the names that their files are to have.
+
+        Called on rank 0; ``lines`` are those of ``metrics.jsonl``, in the order of their steps.
+        """
+        return {}
