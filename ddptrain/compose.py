@@ -27,7 +27,7 @@ from ddptrain.nearest import suggest
 from ddptrain.overrides import parse
 from ddptrain.rules import check
 from ddptrain.snapshot import code_folder, make_importable
-from ddptrain.targets import check_arguments
+from ddptrain.targets import check_arguments, check_objective
 from ddptrain.trust import check_targets
 
 PACKAGE = Path(__file__).resolve().parent
@@ -65,10 +65,7 @@ def compose(overrides: list[str]) -> Config:
 
 
 def hydra_settings(overrides: list[str]) -> DictConfig:
-    """The config with Hydra's own settings of a sweep, such as its sweeper's.
-
-    Raises ``Refused``.
-    """
+    """The config with Hydra's settings of a sweep, such as its sweeper's. Raises ``Refused``."""
     alike = [str(o.input_line) for o in parse(overrides) if not o.is_sweep_override()]
     return _composed(alike, sweep=True)
 
@@ -244,6 +241,7 @@ def _check_built(path: str, node: object, plain: dict[str, Any]) -> None:
         _check_groups(node)
         node = {key: value for key, value in node.items() if key not in GROUPING}
     _check_targets(node, path, supplied.get(path, set()))
+    check_objective(path, node)
 
 
 def _check_groups(optim: dict[str, Any]) -> None:

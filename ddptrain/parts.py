@@ -59,7 +59,7 @@ def build_task(config: Config, device: torch.device) -> Task:
     model = (
         {} if config.model is None else {"model": build_part("model", instantiate, config.model)}
     )
-    task = build_part("task", instantiate, config.task, **model)
+    task = build_part("task", instantiate, config.task, _convert_="all", **model)
     if not isinstance(task, Task):
         raise Refused(f"task: {type(task).__name__} is no ddptrain.Task; derive it from that class")
     task.to(device)

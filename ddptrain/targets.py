@@ -7,7 +7,9 @@ from omegaconf import MISSING
 from ddptrain.errors import Refused
 from ddptrain.nearest import suggest
 from ddptrain.signatures import Absent, read_signature
+from ddptrain.sources import origins
 
+OBJECTIVE = "ddptrain.tasks.objective.Objective"
 SIMPLE_TYPES: dict[str, type | tuple[type, ...]] = {
     "int": int,
     "float": (int, float),
@@ -52,6 +54,30 @@ def check_arguments(path: str, node: dict[str, object], supplied: set[str]) -> N
         if value is None and name in signature.default_none:
             continue
         _check_type(f"{path}.{name}", signature.annotations[name], node[name])
+
+
+def check_objective(path: str, node: dict[str, object]) -> None:
+    """Refuse what an objective's function could not be called with. Raises ``Refused``.
+
+    The one target whose config has names of two places that must be alike: ``parameters`` are
+    arguments of ``function``, and ``constraints`` are of parameters.
+    """
+    if OBJECTIVE not in origins(str(node["_target_"])):
+        return
+    function, parameters, constraints = (
+        value if isinstance(value := node.get(key), dict) else {}
+        for key in ("function", "parameters", "constraints")
+    )
+    for name in sorted(constraints.keys() - parameters.keys()):
+        raise Refused(
+            f"unknown key {path}.constraints.{name}: {path}.parameters has no such name"
+            + suggest(name, list(parameters), f"{path}.constraints.")
+        )
+    if function.get("_partial_"):
+        signature = read_signature(str(function["_target_"]))
+        supplied = {"batch"} & set(signature.annotations if signature else ())
+        call = {k: v for k, v in function.items() if k != "_partial_"}
+        check_arguments(f"{path}.parameters", call | parameters, supplied)
 
 
 def _check_type(key: str, annotation: str | None, value: object) -> None:

@@ -26,7 +26,7 @@ from ddptrain.rules import check_world_size
 
 DIGITS = "experiment=digits"
 Plain = dict[str, Any]
-EXPERIMENTS = ["breast_cancer", "digits", "stdlib_lm"]
+EXPERIMENTS = ["breast_cancer", "digits", "logistic_regression", "rosenbrock", "stdlib_lm"]
 BUILT_IN = PACKAGE.parent / "conf"
 OWN_EXPERIMENT = """\
 # @package _global_
@@ -135,7 +135,7 @@ def test_a_typo_anywhere_in_the_tree_is_told(plain: Plain, key: str, told: str) 
     [
         ("experiment=digit", "experiment=digit: no such option; did you mean digits?"),
         ("optim=adamm", "optim=adamm: no such option; did you mean adamw?"),
-        ("data=nope", "data=nope: no such option; there is breast_cancer, digits, stdlib"),
+        ("data=nope", "data=nope: no such option; there is breast_cancer, digits, nothing, stdlib"),
         ("schedule=cosin", "schedule=cosin: no such option; did you mean cosine?"),
         ("task=clasification", "did you mean classification?"),
     ],
@@ -532,7 +532,7 @@ def test_every_file_of_a_group_begins_with_what_it_is() -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_headed_by_the_command_that_runs_it(experiment: str) -> None:
     text = (BUILT_IN / "experiment" / f"{experiment}.yaml").read_text()
-    command = next(line for line in text.splitlines() if line.startswith("# torchrun"))
+    command = next(line for line in text.splitlines() if " -m ddptrain " in line)
     assert command.endswith(f"-m ddptrain experiment={experiment}")
 
 

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "rules": {"config", "errors"},
     "sources": set(),
     "signatures": {"sources"},
-    "targets": {"errors", "nearest", "signatures"},
+    "targets": {"errors", "nearest", "signatures", "sources"},
     "permitted": set(),
     "overrides": {"errors"},
     "trust": {"errors", "permitted", "sources"},
@@ -173,7 +173,10 @@ IMPORTS = [
     ),
 ]
 MORE_IMPORTS = [
-    ("ddptrain.tasks", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),
+    (
+        "ddptrain.tasks",
+        {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn", "matplotlib"},
+    ),
     ("ddptrain.models", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),
     ("ddptrain.data", {"pyarrow", "PIL", "torchmetrics", "hydra", "omegaconf", "sklearn"}),
     ("ddptrain.data.sets", {"torchmetrics", "hydra", "omegaconf", "tensorboard", "sklearn"}),

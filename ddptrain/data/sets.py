@@ -1,4 +1,4 @@
-"""Data that every machine has offline: two sets of scikit-learn's, and Python's own source."""
+"""Data that every machine has offline: of scikit-learn's, Python's own source, or none at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from torch.utils.data import TensorDataset
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
 
 from ddptrain.data.splits import split_indices
 from ddptrain.data.texts import Windows, joined
@@ -27,16 +28,32 @@ class Digits(TensorDataset):
 
 
 class BreastCancer(TensorDataset):
-    """scikit-learn's breast cancer data: 30 features, standardised; label 1 is benign."""
+    """scikit-learn's breast cancer data: 30 features, standardised; label 1 is benign.
 
-    def __init__(self, split: str) -> None:
+    ``samples`` takes the first so many of the split.
+    """
+
+    def __init__(self, split: str, samples: int | None = None) -> None:
         from sklearn.datasets import load_breast_cancer
 
         features, labels = load_breast_cancer(return_X_y=True)
         seen = features[split_indices(len(labels), "train")]
-        mine = split_indices(len(labels), split)
+        mine = split_indices(len(labels), split)[:samples]
         standardised = (features[mine] - seen.mean(axis=0)) / seen.std(axis=0)
         super().__init__(torch.from_numpy(standardised).float(), torch.from_numpy(labels[mine]))
+
+
+class Nothing(Dataset[Tensor]):
+    """``samples`` samples that hold nothing, shape (0,), for a function that needs no data."""
+
+    def __init__(self, samples: int = 1) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.empty(0)
 
 
 class StandardLibrary(Windows):

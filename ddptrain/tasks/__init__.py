@@ -2,6 +2,15 @@
 
 from ddptrain.tasks.classification import BinaryClassification, Classification
 from ddptrain.tasks.language_model import LanguageModel
+from ddptrain.tasks.objective import Objective
 from ddptrain.tasks.task import Batch, Loss, Task
 
-__all__ = ["Batch", "BinaryClassification", "Classification", "LanguageModel", "Loss", "Task"]
+__all__ = [
+    "Batch",
+    "BinaryClassification",
+    "Classification",
+    "LanguageModel",
+    "Loss",
+    "Objective",
+    "Task",
+]
