@@ -8,23 +8,35 @@ of (a decorator, a metaclass, a name bound twice or at run time) it says that it
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddptrain.sources import Definition, find_definition, locate, names_bound_by, read_scope
+from ddptrain.sources import (
+    Definition,
+    find_assigned,
+    find_definition,
+    locate,
+    names_bound_by,
+    read_scope,
+)
 
 HARMLESS_BASES = {"object", "Generic", "Protocol", "ABC"}
+NO_TEXT = {"None", "int", "float", "complex", "bool", "bytes", "dict", "Mapping", "Callable"}
+MADE_OF = {"Optional", "Union", "Sequence", "Iterable", "list", "tuple", "set"}
+"""What an annotation may put around those of the texts themselves."""
 
 
 @dataclass(frozen=True)
 class Signature:
     """Keyword arguments by name with their annotation; which are required, which default to None;
-    whether any other will do."""
+    whether any other will do; and the texts that an argument may be, or hold, where there are no
+    others."""
 
     annotations: dict[str, str | None]
     required: frozenset[str]
     default_none: frozenset[str] = frozenset()
     open_ended: bool = False
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Absent(Exception):
@@ -64,17 +76,20 @@ def read_signature(target: str) -> Signature | None:
 
 def _signature(definition: Definition, file: Path) -> Signature | None:
     if isinstance(definition, ast.FunctionDef):
-        return None if definition.decorator_list else _of_function(definition, skip_first=False)
+        return (
+            None if definition.decorator_list else _of_function(definition, file, skip_first=False)
+        )
     lineage = _lineage(definition, file)
     if lineage is None:
         return None
-    for class_, _ in lineage:
+    for class_, its_file in lineage:
         made = [name for statement in class_.body for name in names_bound_by(statement)]
         if "__new__" in made or made.count("__init__") > 1:
             return None
         own = [s for s in class_.body if getattr(s, "name", None) == "__init__"]
         if own and isinstance(own[0], ast.FunctionDef):
-            return None if own[0].decorator_list else _of_function(own[0], skip_first=True)
+            node = own[0]
+            return None if node.decorator_list else _of_function(node, its_file, skip_first=True)
         if "__init__" in made:
             return None
         if class_.decorator_list:
@@ -88,7 +103,7 @@ def _of_class_method(definition: Definition, file: Path, name: str) -> Signature
         return None
     plain = [ast.unparse(decorator) for decorator in made[0].decorator_list] == ["classmethod"]
     known = isinstance(definition, ast.ClassDef) and _lineage(definition, file) is not None
-    return _of_function(made[0], skip_first=True) if plain and known else None
+    return _of_function(made[0], file, skip_first=True) if plain and known else None
 
 
 def _lineage(definition: ast.ClassDef, file: Path) -> list[tuple[ast.ClassDef, Path]] | None:
@@ -131,7 +146,7 @@ def _base(name: ast.expr, file: Path) -> tuple[Definition, Path] | None:
     return find_definition(source, rest[0]) if source and len(rest) == 1 else None
 
 
-def _of_function(node: ast.FunctionDef, skip_first: bool) -> Signature:
+def _of_function(node: ast.FunctionDef, file: Path, skip_first: bool) -> Signature:
     positional = [*node.args.posonlyargs, *node.args.args]
     with_default = positional[len(positional) - len(node.args.defaults) :]
     defaults = dict(zip((a.arg for a in with_default), node.args.defaults, strict=True))
@@ -144,7 +159,34 @@ def _of_function(node: ast.FunctionDef, skip_first: bool) -> Signature:
         frozenset(a.arg for a in arguments) - defaults.keys(),
         frozenset(name for name, default in defaults.items() if ast.unparse(default) == "None"),
         open_ended=node.args.kwarg is not None,
+        choices={a.arg: texts for a in arguments if (texts := _choices(a.annotation, file))},
     )
+
+
+def _choices(annotation: ast.expr | None, file: Path) -> tuple[str, ...]:
+    """The texts that an annotation with ``Literal`` allows; empty if it may allow any."""
+    texts: list[str] = []
+    parts = [(annotation, file)]
+    for part, its_file in parts:
+        name = ast.unparse(part.value if isinstance(part, ast.Subscript) else part) if part else ""
+        name = name.rpartition(".")[2]
+        inside = part.slice if isinstance(part, ast.Subscript) else None
+        members = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+        if name == "Literal":
+            texts += [m.value for m in members if _is_text(m)]  # type: ignore[union-attr]
+        elif name in MADE_OF:
+            parts += [(member, its_file) for member in members]
+        elif isinstance(part, ast.BinOp):
+            parts += [(part.left, its_file), (part.right, its_file)]
+        elif isinstance(part, ast.Name) and (found := find_assigned(its_file, part.id)):
+            parts.append(found)
+        elif name not in NO_TEXT:
+            return ()  # str, or what may be text for all that is known
+    return tuple(texts)
+
+
+def _is_text(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _is_dataclass(decorator: ast.expr, file: Path) -> bool:

@@ -169,6 +169,21 @@ def find_definition(file: Path, name: str, depth: int = 0) -> tuple[Definition, 
     return found[0] if len(found) == 1 and None not in sources else None
 
 
+def find_assigned(file: Path, name: str, depth: int = 0) -> tuple[ast.expr, Path] | None:
+    """What a module binds ``name`` to, once and for all, with ``=``; through imports."""
+    scope = read_scope(file)
+    if scope is None or depth > 8 or scope.bound.get(name) != 1:
+        return None
+    statement = scope.plain[name]
+    if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+        return statement.value, file
+    if isinstance(statement, ast.ImportFrom):
+        original = next(a.name for a in statement.names if (a.asname or a.name) == name)
+        source = _source(statement, file)
+        return find_assigned(source, original, depth + 1) if source else None
+    return None
+
+
 def _may_bind(file: Path, name: str) -> bool:
     scope = read_scope(file)
     return scope is None or name in scope.bound or scope.binds_more or bool(scope.stars)

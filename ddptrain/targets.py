@@ -53,6 +53,8 @@ def check_arguments(path: str, node: dict[str, object], supplied: set[str]) -> N
             continue  # told to be missing later; or built from its own target
         if value is None and name in signature.default_none:
             continue
+        if name in signature.choices:
+            _check_choice(f"{path}.{name}", target, signature.choices[name], value)
         _check_type(f"{path}.{name}", signature.annotations[name], node[name])
 
 
@@ -78,6 +80,13 @@ def check_objective(path: str, node: dict[str, object]) -> None:
         supplied = {"batch"} & set(signature.annotations if signature else ())
         call = {k: v for k, v in function.items() if k != "_partial_"}
         check_arguments(f"{path}.parameters", call | parameters, supplied)
+
+
+def _check_choice(key: str, target: str, choices: tuple[str, ...], value: object) -> None:
+    """Refuse a text, alone or in a list, that is none of those that the target knows."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and text not in choices:
+            raise Refused(f"{key}: {target} knows no {text!r}" + suggest(text, list(choices)))
 
 
 def _check_type(key: str, annotation: str | None, value: object) -> None:

@@ -86,6 +86,51 @@ def test_what_cannot_work_is_refused(given: Node, told: str) -> None:
     assert told in refusal(given)
 
 
+def folder_with(name: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(folder)
+
+
+CHOOSING = """
+    from typing import Any, Literal, Optional, Sequence, Union
+    from elsewhere_{number} import Shape, Unknown
+
+    Names = Literal["mean", "sum"]
+
+    class Pool:
+        def __init__(self, one: Names = "mean", many: Sequence[Names | dict[str, Any]] = (),
+                     shape: Optional[Shape] = None, count: Union[int, Literal["all"]] = 1,
+                     free: Names | str = "", unsure: Names | Unknown = "", other: Any = "") -> None:
+            pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"one": "men"}, "part.one: {target} knows no 'men'; did you mean mean?"),
+        ({"one": "max"}, "part.one: {target} knows no 'max'; there is mean, sum"),
+        ({"many": ["sum", {"x": {}}, "summ"]}, "part.many: {target} knows no 'summ'"),
+        ({"shape": "rond"}, "part.shape: {target} knows no 'rond'; did you mean round?"),
+        ({"count": "al"}, "part.count: {target} knows no 'al'; did you mean all?"),
+        ({"one": "sum", "many": ["mean", {"x": {}}], "shape": None, "count": 3}, None),
+        ({"shape": "flat", "free": "x", "unsure": "x", "other": "x"}, None),
+    ],
+)
+def test_texts_are_held_against_a_literal(
+    given: Node, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = next(NUMBER)
+    shapes = 'from typing import Literal\nShape = Literal["round", "flat"]\nUnknown = vars()'
+    folder_with(f"elsewhere_{number}", shapes, tmp_path, monkeypatch)
+    folder_with(f"choosing_{number}", CHOOSING.format(number=number), tmp_path, monkeypatch)
+    target = f"choosing_{number}.Pool"
+    if told is None:
+        check_arguments("part", node(target, **given), set())
+    else:
+        assert told.format(target=target) in refusal(node(target, **given))
+
+
 @pytest.mark.parametrize(
     "given",
     [
