@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,10 +21,14 @@ from ddptrain.errors import TrainingError
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
 from ddptrain.parallel.ranks import Ranks
+from ddptrain.tasks.pictures import Picture
 from ddptrain.tasks.task import Task
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torchmetrics import Metric
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -30,6 +37,7 @@ class Evaluation:
     No rank pads and no sample counts twice: a rank may have no micro-batch at all. The states of
     the metrics are gathered in rank order, which is the split's order, and merged on every rank;
     small sums in floating point by micro-batch, so that the number of ranks does not show in them.
+    What is not a number, but can be drawn, is in ``pictures`` afterwards, on rank 0.
     """
 
     def __init__(
@@ -44,6 +52,8 @@ class Evaluation:
         self.ranks = ranks
         self.autocast = autocast
         self.batches = fetcher.fetch(self._micro_batches())
+        self.pictures: dict[str, Callable[[Axes], Any]] = {}
+        self.warned: set[tuple[str, str]] = set()
 
     def _micro_batches(self) -> list[MicroBatch]:
         plan = self.fetcher.source.plan
@@ -62,12 +72,15 @@ class Evaluation:
             pulse.enter(before)
 
     def names(self) -> list[str]:
-        """The names of the metrics."""
+        """The names of the metrics that are numbers."""
         self.load()
-        return list(self.task.metrics())
+        return [name for name, m in self.task.metrics().items() if not isinstance(m, Picture)]
 
     def run(self) -> dict[str, float]:
-        """Return the metrics by name; every rank must call it, and all get the same."""
+        """Return the metrics that are numbers by name; every rank must call it, and all get them.
+
+        Raises ``TrainingError`` if one is neither a number nor can be drawn.
+        """
         self.load()
         metrics = {name: m.to(self.ranks.device) for name, m in self.task.metrics().items()}
         for metric in metrics.values():
@@ -83,7 +96,8 @@ class Evaluation:
                 self.task.update(metrics, batch)
                 for of_metric in addends.values():
                     of_metric.take()
-        return self._compute(metrics, {name: _state(addends[name]) for name in metrics})
+        moved: dict[int, Tensor] = {}
+        return self._compute(metrics, {name: _state(addends[name], moved) for name in metrics})
 
     def _compute(self, metrics: dict[str, Metric], own: dict[str, State]) -> dict[str, float]:
         of_ranks = self.ranks.gather(own)
@@ -96,13 +110,49 @@ class Evaluation:
                 )
         pulse.enter(pulse.COMPUTING)
         values: dict[str, float] = {}
+        self.pictures = {}
         for name, metric in metrics.items():
+            if isinstance(metric, Picture) and not self.ranks.is_first:
+                continue
             _merge(metric, [states[name] for states in of_ranks])
-            value = metric.compute()
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise TrainingError(f"evaluation: metric {name} is not one number, but {value}")
-            values[name] = value.item()
+            value = self._value(name, metric)
+            if isinstance(value, Tensor) and value.numel() == 1:
+                values[name] = value.item()
+            elif _can_be_drawn(metric):
+                if self.ranks.is_first:
+                    self.pictures[name] = partial(_draw, metric, value)
+            else:
+                raise TrainingError(
+                    f"evaluation: metric {name} is not one number, but {value}, and its plot() is "
+                    "not written, which could draw it"
+                )
+            metric.reset()  # the samples that it may hold
         return values
+
+    def _value(self, name: str, metric: Metric) -> Any:
+        """What a metric comes to; what it has to say of that is said once, with its name."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            value = metric.compute()
+        said = {" ".join(str(warning.message).split()) for warning in caught}
+        if not said and isinstance(value, Tensor) and value.numel() == 1 and value.isnan():
+            said = {"it is NaN"}
+        for message in sorted(said):
+            if self.ranks.is_first and (name, message) not in self.warned:
+                self.warned.add((name, message))
+                logger.warning("%s/%s: %s", self.fetcher.source.name, name, message)
+        return value
+
+
+def _can_be_drawn(metric: Metric) -> bool:
+    from torchmetrics import Metric
+
+    return type(metric).plot is not Metric.plot
+
+
+def _draw(metric: Metric, value: Any, axes: Axes) -> None:
+    metric.plot(value, ax=axes)
 
 
 @contextmanager
@@ -157,8 +207,11 @@ def _float_sums(metric: Metric) -> list[str]:
     ]
 
 
-def _state(addends: Addends) -> State:
-    """The states of a metric that has been updated, on the CPU; empty if it has not."""
+def _state(addends: Addends, moved: dict[int, Tensor] | None = None) -> State:
+    """The states of a metric that has been updated, on the CPU; empty if it has not.
+
+    What metrics have in common is ``moved`` there, and sent to other ranks, once.
+    """
     metric = addends.metric
     if next(metric.children(), None) is not None:
         raise TrainingError(
@@ -167,8 +220,15 @@ def _state(addends: Addends) -> State:
         )
     if not metric.update_called:
         return {}
+    on_host = {} if moved is None else moved
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in on_host:
+            on_host[id(tensor)] = tensor.cpu()
+        return on_host[id(tensor)]
+
     states = {
-        key: [t.cpu() for t in value] if isinstance(value, list) else value.cpu()
+        key: [move(t) for t in value] if isinstance(value, list) else value.cpu()
         for key, value in metric.metric_state.items()
     }
     return states | {key: torch.stack(own).cpu() for key, own in addends.by_state.items()}

@@ -31,9 +31,14 @@ def may_pass(error: BaseException | None) -> bool:
 
 def replace_text(file: Path, text: str) -> None:
     """Give ``file`` a new content that is on disk before the old one is gone."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """Give ``file`` a new content that is on disk before the old one is gone."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         flush(temporary)
         temporary.replace(file)
     except OSError:  # on a full disk half of it is in the way

@@ -174,12 +174,14 @@ class Trainer(Run):
 
     def evaluate(self, split: str) -> None:
         with self.clock.paused():
-            metrics = self.evaluations[split].run()
+            evaluation = self.evaluations[split]
+            metrics = evaluation.run()
             with self.step.gate:  # a rescue saves both what came of it, or neither
                 self.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}
                 for each in self.heedful if split == "val" else ():
                     each.heed(self.metrics[each.metric])
             self.observer.log(self.done, split, metrics)
+            self.observer.show(self.done, split, evaluation.pictures)
             if self.early_stop is not None and self.early_stop.ran_out:
                 self.observer.ends_early(self.done, self.total_steps, self.early_stop.why)
                 self.total_steps = self.done

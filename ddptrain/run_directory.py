@@ -83,8 +83,8 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
-    def figures(self) -> Path:
-        return self.path / "figures"
+    def plots(self) -> Path:
+        return self.path / "plots"
 
     @property
     def checkpoints(self) -> Path:

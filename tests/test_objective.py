@@ -180,7 +180,7 @@ def test_resumed_in_the_middle_it_has_the_same_bits(build: Any, middle: int) -> 
     assert torch.equal(resumed.task.free["point"], whole.task.free["point"])
     paths = [trainer.observer.run.path for trainer in (whole, resumed)]
     assert read_metrics(paths[0]) == read_metrics(paths[1])
-    assert [(path / "figures/trajectory.png").read_bytes()[:8] for path in paths] == [
+    assert [(path / "plots/trajectory.png").read_bytes()[:8] for path in paths] == [
         b"\x89PNG\r\n\x1a\n"
     ] * 2
 
@@ -446,7 +446,7 @@ def test_a_picture_is_in_the_directory_and_in_tensorboard(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     run_dir: Path = request.getfixturevalue(which)
-    assert (run_dir / "figures/trajectory.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "plots/trajectory.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0})
     events.Reload()
     (image,) = events.Images("trajectory")
@@ -496,8 +496,8 @@ def test_a_picture_that_fails_fails_no_run(
     build: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build("run", *minimise("distance", "{point: [0, 0, 0]}", "{}", GOAL, steps=2))
-    monkeypatch.setattr(trainer.task, "figures", lambda lines: lines[100])
+    monkeypatch.setattr(trainer.task, "plots", lambda lines: lines[100])
     trainer.train()
     assert trainer.done == 2
     assert "the pictures of the run could not be drawn" in caplog.text
-    assert not (trainer.observer.run.path / "figures").exists()
+    assert not (trainer.observer.run.path / "plots").exists()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ddptrain.errors import Refused
 
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 Scalars = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file, with its size in pixels."""
+
+    png: bytes
+    width: int
+    height: int
+
+
 class Logger(Protocol):
     """Takes scalars at an optimiser step. Only rank 0 has loggers."""
 
@@ -30,6 +39,14 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Flush, and write nothing afterwards."""
+
+
+@runtime_checkable
+class ShowsPictures(Protocol):
+    """What a logger may also be; pictures are left out of any other."""
+
+    def show(self, step: int, name: str, picture: Picture) -> None:
+        """Record a picture, ``<split>/<metric>``, after ``step`` optimiser steps."""
 
 
 class JsonLines:
@@ -228,6 +245,22 @@ class TensorBoard:
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
         self._writer().add_figure(name, figure, step)
+
+    def show(self, step: int, name: str, picture: Picture) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        image = Summary.Image(
+            width=picture.width,
+            height=picture.height,
+            colorspace=4,  # with transparency
+            encoded_image_string=picture.png,
+        )
+        try:
+            writer = self._writer()._get_file_writer()  # type: ignore[no-untyped-call]
+            writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        except OSError:
+            self.opened = None
+            raise
 
     def finish(self, step: int, hparams: dict[str, Any], outcome: Scalars) -> None:
         """Write the run as a row of the HPARAMS tab: its config and ``outcome``."""

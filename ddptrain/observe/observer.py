@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,12 +17,23 @@ from ddptrain.config import Config, flatten, to_plain
 from ddptrain.files import read_json, replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.figures import Draw, drawn, save_figure
-from ddptrain.observe.loggers import JsonLines, Logger, Scalars, TensorBoard, read_json_lines
+from ddptrain.observe.loggers import (
+    JsonLines,
+    Logger,
+    Scalars,
+    ShowsPictures,
+    TensorBoard,
+    read_json_lines,
+)
 from ddptrain.observe.phases import Phases
+from ddptrain.observe.pictures import Plots
 from ddptrain.origin import versions
 from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say
 from ddptrain.stored import changes, computed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +67,7 @@ class Observer:
         self.told: set[str] = set()
         self.said: set[str] = set()
         self.history = History(run)
+        self.plots = Plots(run.plots)
 
     def open(self, resumed_at: int, total_steps: int, known: int = 0) -> None:
         """Begin, or go on after ``resumed_at`` steps: what was told of later ones is taken back.
@@ -127,14 +139,35 @@ class Observer:
             logger.warning("the data differs from %s: data.%s", what, change)
 
     def log(self, step: int, split: str, scalars: Scalars) -> None:
-        if step == self.resumed_at and split in self.told:
-            return  # a repeated evaluation of the step that this run was resumed at
+        if self._is_told(step, split):
+            return
         self._may_write()
         with self._surviving(self.history):
             self.history.write()
         for each in self.loggers:
             with self._surviving(each):
                 each.log(step, split, scalars)
+
+    def _is_told(self, step: int, split: str) -> bool:
+        """Whether it is a repeated evaluation of the step that this run was resumed at."""
+        return step == self.resumed_at and split in self.told
+
+    def show(self, step: int, split: str, drawings: dict[str, Callable[[Axes], Any]]) -> None:
+        """Draw what an evaluation gave to look at, once its numbers are logged.
+
+        The newest is a file in ``plots/``; loggers that can show pictures get each.
+        """
+        for metric, draw in drawings.items():
+            name = f"{split}/{metric}"
+            if (picture := self.plots.draw(name, step, draw)) is None:
+                continue
+            self._may_write()
+            with self._surviving(self.plots):
+                self.plots.keep(name, picture)
+            for each in [] if self._is_told(step, split) else self.loggers:
+                if isinstance(each, ShowsPictures):
+                    with self._surviving(each):
+                        each.show(step, name, picture)
 
     def _may_write(self) -> None:
         if self.guard is not None and self.speaks:
@@ -194,7 +227,7 @@ class Observer:
         """Write the task's pictures, and the run's row for the HPARAMS tab; close everything."""
         for name, figure in drawn(figures, self.run.metrics).items():
             with self._surviving(self.run):
-                save_figure(figure, self.run.figures / f"{name}.png")
+                save_figure(figure, self.run.plots / f"{name}.png")
             if self.board is not None:
                 with self._surviving(self.board):
                     self.board.figure(step, name, figure)

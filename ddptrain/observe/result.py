@@ -42,7 +42,7 @@ def summarise(run: RunDirectory, result: dict[str, Any], example: str | None) ->
             f"run          {where}",
             f"curves       tensorboard --logdir {short(runs if runs else run.path)}",
             f"weights      ddptrain export {where}",
-            *([f"pictures     {short(run.figures)}"] if run.figures.exists() else []),
+            *([f"pictures     {short(run.plots)}"] if run.plots.exists() else []),
             *_of_faults(run),
         ]
     )

@@ -3,6 +3,7 @@
 from ddptrain.tasks.classification import BinaryClassification, Classification
 from ddptrain.tasks.language_model import LanguageModel
 from ddptrain.tasks.objective import Objective
+from ddptrain.tasks.regression import Regression
 from ddptrain.tasks.task import Batch, Loss, Task
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "LanguageModel",
     "Loss",
     "Objective",
+    "Regression",
     "Task",
 ]

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddptrain.tasks.metrics import choose, make
 from ddptrain.tasks.task import Loss, Task
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+Name = Literal[
+    "accuracy", "precision", "recall", "f1", "auroc", "average_precision", "calibration_error",
+    "confusion_matrix", "roc", "pr",
+]  # fmt: skip
+
 
 class Classification(Task):
-    """Cross-entropy over ``classes``; a batch is (inputs, labels), labels int64, shape (B,)."""
+    """Cross-entropy over ``classes``; a batch is (inputs, labels), labels int64, shape (B,).
 
-    def __init__(self, model: nn.Module, classes: int, label_smoothing: float = 0.0) -> None:
+    ``metrics`` are names, or mappings of names to other torchmetrics; these are updated with the
+    probabilities, float64, (B, classes), and the labels. Raises ``Refused`` for a name that there
+    is not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        label_smoothing: float = 0.0,
+        metrics: Sequence[Name | Mapping[str, Metric]] = ("accuracy", "f1"),
+    ) -> None:
         super().__init__()
         self.model = model
         self.classes = classes
         self.label_smoothing = label_smoothing
+        self.chosen = choose(metrics, get_args(Name))
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Loss:
         inputs, labels = batch
@@ -33,27 +53,35 @@ class Classification(Task):
         return Loss(total, len(labels))
 
     def metrics(self) -> dict[str, Metric]:
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+        from ddptrain.tasks.classification_metrics import multiclass
 
-        return super().metrics() | {
-            "accuracy": MulticlassAccuracy(self.classes, average="micro"),
-            "f1": MulticlassF1Score(self.classes, average="macro"),
-        }
+        return super().metrics() | make(self.chosen, partial(multiclass, classes=self.classes))
 
     def update(self, metrics: dict[str, Metric], batch: tuple[Tensor, Tensor]) -> None:
         inputs, labels = batch
         logits = self.model(inputs)
         self.update_loss(metrics, self._loss(logits, labels))
-        metrics["accuracy"].update(logits, labels)
-        metrics["f1"].update(logits, labels)
+        probabilities = logits.double().softmax(-1)  # float32 would make many of them 1
+        for name in self.chosen:
+            metrics[name].update(probabilities, labels)
 
 
 class BinaryClassification(Task):
-    """Yes or no from one logit; a batch is (inputs, labels), labels 0 or 1, shape (B,)."""
+    """Yes or no from one logit; a batch is (inputs, labels), labels 0 or 1, shape (B,).
 
-    def __init__(self, model: nn.Module) -> None:
+    ``metrics`` are names, or mappings of names to other torchmetrics; these are updated with the
+    probabilities of yes, float64, (B,), and the labels, int. Raises ``Refused`` for a name that
+    there is not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        metrics: Sequence[Name | Mapping[str, Metric]] = ("accuracy", "f1", "auroc"),
+    ) -> None:
         super().__init__()
         self.model = model
+        self.chosen = choose(metrics, get_args(Name))
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Loss:
         inputs, labels = batch
@@ -66,17 +94,14 @@ class BinaryClassification(Task):
         return Loss(total, len(labels))
 
     def metrics(self) -> dict[str, Metric]:
-        from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryF1Score
+        from ddptrain.tasks.classification_metrics import binary
 
-        return super().metrics() | {
-            "accuracy": BinaryAccuracy(),
-            "f1": BinaryF1Score(),
-            "auroc": BinaryAUROC(),
-        }
+        return super().metrics() | make(self.chosen, binary)
 
     def update(self, metrics: dict[str, Metric], batch: tuple[Tensor, Tensor]) -> None:
         inputs, labels = batch
         logits = self.model(inputs).squeeze(-1)
         self.update_loss(metrics, self._loss(logits, labels))
-        for name in ("accuracy", "f1", "auroc"):
-            metrics[name].update(logits.float().sigmoid(), labels.int())
+        probabilities, labels = logits.double().sigmoid(), labels.int()
+        for name in self.chosen:
+            metrics[name].update(probabilities, labels)

@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddptrain.tasks.metrics import choose, make
 from ddptrain.tasks.task import Loss, Task
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
+
+Name = Literal["bits_per_byte", "perplexity"]
 
 
 class LanguageModel(Task):
     """Next-byte cross-entropy; a batch is windows of bytes, int64, shape (B, context + 1).
 
     ``model`` maps (B, T) bytes to (B, T, vocabulary) logits, and may offer ``context``, the
-    longest T it takes.
+    longest T it takes. ``metrics`` are names, or mappings of names to other torchmetrics; these are
+    updated with logits, (B, T, vocabulary), and the bytes that follow, (B, T). Raises ``Refused``
+    for a name that there is not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        metrics: Sequence[Name | Mapping[str, Metric]] = ("bits_per_byte",),
+    ) -> None:
         super().__init__()
         self.model = model
+        self.chosen = choose(metrics, get_args(Name))
 
     def forward(self, batch: Tensor) -> Loss:
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        logits = self.model(inputs)
+        return self._loss(self.model(batch[:, :-1]), batch[:, 1:])
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Loss:
         total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         return Loss(total, targets.numel())
 
     def metrics(self) -> dict[str, Metric]:
-        from ddptrain.tasks.mean import Mean
+        from ddptrain.tasks.mean import BitsPerByte, Perplexity
 
-        return super().metrics() | {"bits_per_byte": Mean()}
+        known = {"bits_per_byte": BitsPerByte, "perplexity": Perplexity}
+        return super().metrics() | make(self.chosen, lambda name: known[name]())
 
     def update(self, metrics: dict[str, Metric], batch: Tensor) -> None:
-        loss = self(batch)
+        logits, targets = self.model(batch[:, :-1]), batch[:, 1:]
+        loss = self._loss(logits, targets)
         self.update_loss(metrics, loss)
-        metrics["bits_per_byte"].update(loss.sum / math.log(2), loss.count)
+        for name, own in self.chosen.items():
+            if own is None:
+                metrics[name].update(loss.sum, loss.count)
+            else:
+                metrics[name].update(logits, targets)
 
     def example(self) -> str:
         return self.continue_text("def ")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -27,3 +29,17 @@ class Mean(Metric):
 
     def compute(self) -> Tensor:
         return torch.stack(self.totals).sum() / torch.stack(self.counts).sum()
+
+
+class BitsPerByte(Mean):
+    """The mean of a loss in nats per byte, in bits."""
+
+    def compute(self) -> Tensor:
+        return super().compute() / math.log(2)
+
+
+class Perplexity(Mean):
+    """e to the mean of a loss in nats per token."""
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()

@@ -1,0 +1,73 @@
+"""Metrics to look at: what a curve and a confusion matrix look like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curves = list[tuple[Tensor, Tensor]]
+"""One for each class, or one alone: x and y of its points, NaN where it is not defined."""
+Corner = Literal["lower left", "lower right"]
+NAMED_CLASSES = 10
+"""So many colours can be told apart; of more classes none is named."""
+WRITTEN_CLASSES = 20
+"""A matrix of more classes has no room for its numbers."""
+POINTS = 2000
+"""A curve has no more pixels."""
+
+
+class Picture:
+    """Marks a metric whose value is drawn, and is no number.
+
+    So is that of any other metric that is not one number and has torchmetrics' ``plot(value, ax)``;
+    marked, ``checkpoint.metric`` cannot name it.
+    """
+
+    def plot(self, value: Any, ax: Axes) -> None:
+        """Draw what ``compute`` gave."""
+        raise NotImplementedError
+
+
+def draw_curves(axes: Axes, curves: Curves, x_label: str, y_label: str, corner: Corner) -> None:
+    """Lines over the unit square, with a legend in a ``corner`` if it has room for the classes."""
+    is_one = len(curves) == 1
+    for number, (x, y) in enumerate(curves):
+        some = torch.linspace(0, len(x) - 1, min(len(x), POINTS)).round().long()
+        is_defined = not torch.isnan(x + y).any()
+        names = [] if is_one else [f"class {number}"]
+        label = ", ".join(names if is_defined else [*names, "not defined"])
+        axes.plot(x[some].tolist(), y[some].tolist(), label=label or None, linewidth=1.5)
+    if len(curves) <= NAMED_CLASSES and axes.get_legend_handles_labels()[1]:
+        axes.legend(loc=corner, fontsize=8)
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.01)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+
+
+def draw_matrix(axes: Axes, counts: Tensor) -> None:
+    """Counts (true class, predicted class), coloured by their share of the true class."""
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure = axes.get_figure()
+    if figure is not None:
+        figure.colorbar(image, ax=axes, label="share of the true class")
+    classes = range(len(shares))
+    if len(classes) <= WRITTEN_CLASSES:
+        axes.set_xticks(classes)
+        axes.set_yticks(classes)
+        size = 12 if len(classes) <= 5 else 7
+        for row, of_row in enumerate(counts.tolist()):
+            for column, count in enumerate(of_row):
+                color = "white" if shares[row][column] > 0.5 else "black"
+                axes.text(
+                    column, row, f"{count:.0f}", ha="center", va="center", size=size, color=color
+                )
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")

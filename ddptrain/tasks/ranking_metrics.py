@@ -1,0 +1,104 @@
+"""Metrics of rankings, over the items of each group (a user, a query), wherever these are.
+
+torchmetrics' own take an item with a score of 0 or less for irrelevant (MRR), leave ties to the
+order of a sort, and compute in float32, group by group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class Ranking(Metric):
+    """Keeps scores (N,), targets (N,) and group numbers (N,) of a split; a mean over its groups.
+
+    A target says how relevant an item is, 0 for not at all. A group may be spread over
+    micro-batches and ranks. One without a relevant item counts as 0.
+    """
+
+    scores: list[Tensor]
+    targets: list[Tensor]
+    groups: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in ("scores", "targets", "groups"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, targets: Tensor, groups: Tensor) -> None:
+        self.scores.append(scores.flatten())
+        self.targets.append(targets.flatten())
+        self.groups.append(groups.flatten())
+
+    def compute(self) -> Tensor:
+        # On the CPU, which adds up in one order.
+        groups: Tensor = torch.unique(torch.cat(self.groups).cpu(), return_inverse=True)[1]
+        scores, targets = torch.cat(self.scores).cpu(), torch.cat(self.targets).cpu()
+        return self.of_groups(scores.double(), targets.double(), groups).mean()
+
+    def of_groups(self, scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+        """The value of each group; groups are numbered from 0."""
+        raise NotImplementedError
+
+
+def first_ranks(scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+    """The rank, from 1, of each group's best relevant item; infinity if it has none.
+
+    Of equal scores the irrelevant ones come first: a model gains nothing by ties.
+    """
+    is_relevant = targets > 0
+    best = scores.new_full((int(groups.max()) + 1,), -torch.inf)
+    best = best.scatter_reduce(0, groups[is_relevant], scores[is_relevant], "amax")
+    is_before = ~is_relevant & (scores >= best[groups])
+    ranks = 1 + torch.zeros_like(best).index_add(0, groups, is_before.double())
+    has_some = torch.zeros_like(best, dtype=torch.bool).index_fill(0, groups[is_relevant], True)
+    return ranks.where(has_some, torch.inf)
+
+
+class MRR(Ranking):
+    """1 ÷ the rank of the best relevant item."""
+
+    def of_groups(self, scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+        return 1 / first_ranks(scores, targets, groups)
+
+
+class HitRate(Ranking):
+    """Whether a relevant item is among the first ``k``."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def of_groups(self, scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+        return (first_ranks(scores, targets, groups) <= self.k).double()
+
+
+class NDCG(Ranking):
+    """Σ target ÷ log₂(1 + rank) over the first ``k``, by that of the best order.
+
+    (Järvelin & Kekäläinen 2002.) Items of equal score share the mean of their places' weights, as
+    in scikit-learn (McSherry & Najork 2008).
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def of_groups(self, scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+        gain = self._gain(scores, targets, groups)
+        best = self._gain(targets, targets, groups)
+        return torch.where(best > 0, gain / best, 0.0)
+
+    def _gain(self, scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+        order = scores.argsort(descending=True, stable=True)
+        order = order[groups[order].argsort(stable=True)]
+        scores, targets, groups = scores[order], targets[order], groups[order]
+        sizes = groups.bincount()
+        place = torch.arange(len(groups)) - (sizes.cumsum(0) - sizes)[groups]
+        weight = torch.where(place < self.k, 1 / (place.double() + 2).log2(), 0.0)
+        is_new = (scores[1:] != scores[:-1]) | (groups[1:] != groups[:-1])
+        tie = torch.cat([is_new.new_zeros(1), is_new]).cumsum(0)
+        shared = weight.new_zeros(int(tie[-1]) + 1).index_add(0, tie, weight) / tie.bincount()
+        return weight.new_zeros(len(sizes)).index_add(0, groups, targets * shared[tie])
