@@ -216,10 +216,18 @@ def _rerun(parsed: argparse.Namespace) -> int:
     return code
 
 
+def _init(parsed: argparse.Namespace) -> int:
+    from ddptrain.project import new_project
+
+    new_project(parsed.folder)
+    return EXIT_COMPLETED
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "submit": _submit,
     "config": _config,
+    "init": _init,
     "rerun": _rerun,
     "evaluate": inspection.evaluate,
     "export": inspection.export,

@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", "where two runs parted, and what differed first", run=True)
     diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
     _add_compare(commands)
+    summary = "write a small project of your own, which trains at once"
+    init = commands.add_parser("init", description=summary, help=summary)
+    init.add_argument("folder", type=Path, help="a new folder")
     add("rank", None, run=False)
     add("worker", None, run=True).add_argument("--again", action="store_true")
     commands.add_parser("node").add_argument("of_ranks", metavar="COMMAND")

@@ -85,9 +85,11 @@ ALLOWED: dict[str, set[str]] = {
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
     "command_line": {"compose"},
+    "project": {"errors", "screen"},
     "inspection": {"config", "errors", "observe", "launch", "run_directory"},
     "cli": PLAIN
-    | {"command_line", "inspection", "remembered", "observe", "resilience", "launch", "verify"},
+    | {"command_line", "inspection", "project", "remembered", "observe", "resilience", "launch",
+       "verify"},
     "__main__": {"cli", "errors", "parent", "resilience"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip
