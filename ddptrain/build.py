@@ -10,7 +10,7 @@ from torch.optim import LBFGS
 
 from ddptrain.account import Accounted, Window
 from ddptrain.claim import Claim
-from ddptrain.config import GROUPING, Clock, Config, Penalised, Precision, TrainConfig
+from ddptrain.config import GROUPING, Averaging, Clock, Config, Penalised, Precision, TrainConfig
 from ddptrain.data.fetch import Fetcher
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
@@ -19,6 +19,7 @@ from ddptrain.fingerprints import Fingerprints
 from ddptrain.loop import Trainer
 from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
+from ddptrain.optim.average import Average
 from ddptrain.optim.build import build_optimizer, build_schedule
 from ddptrain.optim.clip import Clip
 from ddptrain.optim.loss_scale import LossScale
@@ -107,6 +108,10 @@ def build_step(
     clip = Clip(**asdict(train.grad_clip))
     of_all = train.penalty.of is Penalised.all
     penalty = Penalty(optimizer, train.penalty.l1, train.penalty.l2, of_all)
+    average = None
+    if train.average.kind is not None:
+        decay = train.average.decay if train.average.kind is Averaging.ema else None
+        average = Average(optimizer, decay, train.average.start, train.average.every, total_steps)
     if isinstance(optimizer, LBFGS) and (clip or loss_scale or train.penalty.l1):
         raise Refused(
             "optim=lbfgs searches along the gradient as it is: set train.grad_clip.max_norm=null, "
@@ -125,6 +130,7 @@ def build_step(
         ranks,
         total_steps=total_steps,
         clip=clip,
+        average=average,
         penalty=penalty if penalty.l1 or penalty.l2 else None,
         guard=build_guard(train, ranks.device),
         loss_scale=loss_scale,

@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
         )
+        last = "where weights were averaged (train.average), those of the last step instead"
+        command.add_argument("--last", action="store_true", help=last)
     replay = add("replay", "take one step of a run again, and name what was wrong in it", run=True)
     replay.add_argument("step", type=int, help="counted from 0, as in anomalies.jsonl")
     diff = add("diff", "where two runs parted, and what differed first", run=True)

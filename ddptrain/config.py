@@ -78,6 +78,19 @@ class GradClipConfig:
     max_value: float | None = MISSING
 
 
+class Averaging(Enum):
+    ema = "ema"
+    swa = "swa"
+
+
+@dataclass(kw_only=True, slots=True)
+class AverageConfig:
+    kind: Averaging | None = MISSING
+    decay: float = MISSING
+    start: float = MISSING
+    every: int = MISSING
+
+
 class Penalised(Enum):
     weights = "weights"
     all = "all"
@@ -114,6 +127,7 @@ class TrainConfig:
     precision: Precision = MISSING
     grad_clip: GradClipConfig = field(default_factory=GradClipConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     nonfinite: Remedy = MISSING
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     rewind_every_steps: int = MISSING

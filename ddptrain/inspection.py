@@ -19,21 +19,21 @@ def evaluate(parsed: argparse.Namespace) -> int:
     run, config = _stored(parsed)
     from ddptrain.launch.inspect import evaluate
 
-    return evaluate(run, config, parsed.checkpoint, parsed.split)
+    return evaluate(run, config, parsed.checkpoint, parsed.last, parsed.split)
 
 
 def export(parsed: argparse.Namespace) -> int:
     run, config = _stored(parsed)
     from ddptrain.launch.inspect import export
 
-    return export(run, config, parsed.checkpoint, parsed.output)
+    return export(run, config, parsed.checkpoint, parsed.last, parsed.output)
 
 
 def sample(parsed: argparse.Namespace) -> int:
     run, config = _stored(parsed)
     from ddptrain.launch.inspect import sample
 
-    return sample(run, config, parsed.checkpoint, parsed.prompt, parsed.length)
+    return sample(run, config, parsed.checkpoint, parsed.last, parsed.prompt, parsed.length)
 
 
 def replay(parsed: argparse.Namespace) -> int:

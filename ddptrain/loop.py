@@ -175,6 +175,7 @@ class Trainer(Run):
     def evaluate(self, split: str) -> None:
         with self.clock.paused():
             evaluation = self.evaluations[split]
+            evaluation.task = self.evaluated()
             metrics = evaluation.run()
             with self.step.gate:  # a rescue saves both what came of it, or neither
                 self.metrics |= {f"{split}/{name}": value for name, value in metrics.items()}

@@ -49,6 +49,7 @@ def _check_sizes(config: Config) -> None:
         "parallel.check_every_steps": config.parallel.check_every_steps,
         "launch.timeout": config.launch.timeout,
         "train.early_stop.patience": train.early_stop.patience,
+        "train.average.every": train.average.every,
         "slurm.nodes": config.slurm.nodes,
     }
     for key, value in positive.items():
@@ -57,6 +58,7 @@ def _check_sizes(config: Config) -> None:
     counts: dict[str, float | None] = {
         "train.penalty.l1": train.penalty.l1,
         "train.penalty.l2": train.penalty.l2,
+        "train.average.start": train.average.start,
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "checkpoint.keep_faults": config.checkpoint.keep_faults,
         "data.workers": config.data.workers,
@@ -67,6 +69,10 @@ def _check_sizes(config: Config) -> None:
             raise Refused(f"{key}: expected 0 or more, got {count}")
     if train.max_steps is None and train.max_epochs is None:
         raise Refused("train.max_steps: set it, or train.max_epochs, to say when a run ends")
+    if not 0 < train.average.decay < 1:
+        raise Refused(
+            f"train.average.decay: expected a number between 0 and 1, got {train.average.decay}"
+        )
     size = train.global_batch_size
     if size == ALL:
         return

@@ -63,6 +63,7 @@ class Run:
     clock: StepClock = field(default_factory=StepClock)
     is_warm: bool = False
     beginning: State | None = None
+    averaged: Task | None = None
     diverged: list[int] = field(default_factory=list)  # after which steps replicas differed
     batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
 
@@ -195,6 +196,18 @@ class Run:
         for split in self.evaluations:
             if metrics := self.metrics_of(split):
                 self.observer.log(self.done, split, metrics)
+
+    def evaluated(self) -> Task:
+        """What is evaluated: the averages of the weights in a task of their own, if there are any.
+
+        The weights that are trained stay where they are, for who saves them meanwhile.
+        """
+        average = self.step.average
+        if average is None:
+            return self.task
+        if self.averaged is None:
+            self.averaged = self.rebuild()
+        return self.averaged if average.put_into(self.task, self.averaged) else self.task
 
     def metrics_of(self, split: str) -> dict[str, float]:
         """The metrics of an evaluation at this very step, if there was one."""

@@ -21,6 +21,7 @@ from ddptrain.fingerprints import Fingerprints
 from ddptrain.generators import key_generators
 from ddptrain.lagging import Lagging
 from ddptrain.marks import Marks
+from ddptrain.optim.average import Average
 from ddptrain.optim.clip import Clip
 from ddptrain.optim.guard import Guard, Verdict, change_unless
 from ddptrain.optim.loss_scale import LossScale
@@ -51,6 +52,7 @@ class Step:
         total_steps: int,
         clip: Clip,
         penalty: Penalty | None,
+        average: Average | None,
         guard: Guard,
         loss_scale: LossScale | None,
         fingerprints: Fingerprints,
@@ -66,6 +68,7 @@ class Step:
         self.total_steps = total_steps
         self.clip = clip
         self.penalty = penalty
+        self.average = average
         self.guard = guard
         self.loss_scale = loss_scale
         self.fingerprints = fingerprints
@@ -126,7 +129,7 @@ class Step:
             skip = self._judge(step, account, bad, hopeless)
             if self.searches:
                 self.closure = Closure(self, step, mine, held, micro_batches, account[1] / count)
-            self._update(skip)
+            self._update(step, skip)
             self.marks.taken += 1
 
     def accumulate(self, step: int, mine: list[MicroBatch], batches: Iterator[Batch]) -> None:
@@ -198,16 +201,19 @@ class Step:
         self.verdicts.put(step, torch.stack(told))
         return skip.float()
 
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, step: int, skip: Tensor) -> None:
+        is_taken = self.skips_on_device or not skip.item()
         if self.skips_on_device:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not skip.item():
+        elif is_taken:
             self.optimizer.step(self.closure)  # type: ignore[arg-type]
         if self.penalty is not None:
             self.penalty.hold()
         if self.projects:
             change_unless(skip, self.parameters, self.module.task.project)
+        if self.average is not None and is_taken:
+            self.average.update(step, skip)
         self.buffers.move(skip)
         self.module.zero_grad()
 
@@ -224,10 +230,7 @@ class Step:
         ]
 
     def finished(self) -> int:
-        """The steps that are finished and count.
-
-        On a GPU those of the device, which may never end one that this process is past.
-        """
+        """The steps that are finished and count; of a GPU, which may never end a later one."""
         return int(self.marks.taken.item()) - int(self.guard.halted.item())
 
     def read(self) -> dict[str, float]:
@@ -245,10 +248,8 @@ class Step:
         if told:
             scalars |= means(add_logs(self.ranks.gather(window.logs())))
         scalars |= {} if self.penalty is None else self.penalty.scalars()
-        if skipped:
-            scalars["skipped_steps"] = skipped
-        if self.rewinds:
-            scalars["rewinds"] = self.rewinds
+        faults = {"skipped_steps": skipped, "rewinds": self.rewinds}
+        scalars |= {name: count for name, count in faults.items() if count}
         if self.loss_scale is not None:
             scalars["loss_scale"] = scale_now
         return scalars

@@ -146,7 +146,7 @@ LANGUAGE_MODEL = [
     *("data.val=null", "data.test=null", "eval.every_steps=null", "checkpoint.keep_best=0"),
 ]
 EXACT = {
-    "digits": ["experiment=digits"],
+    "digits": ["experiment=digits", "task.mixup=0.4", "task.label_smoothing=0.1"],
     "stdlib_lm": LANGUAGE_MODEL,
     "own model, clipped": ["experiment=ragged", "train.grad_clip.max_norm=0.02"],
     "batch norm": ["experiment=ragged", "model.batch_norm=true", "train.micro_batch_size=3"],
@@ -156,6 +156,7 @@ EXACT = {
         *("experiment=ragged", "train.penalty.l1=0.01", "train.penalty.l2=0.1"),
         *("train.grad_clip.per_unit=0.05", "train.grad_clip.max_value=0.01"),
     ],
+    "averages": ["experiment=ragged", "train.average.kind=ema", "train.average.start=1"],
     "muon": [*LANGUAGE_MODEL, "optim=muon", "optim.layer_decay=0.5"],
     "lbfgs": [
         *("experiment=ragged", "optim=lbfgs", "optim.max_iter=3", "train.grad_clip.max_norm=null"),

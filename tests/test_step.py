@@ -11,12 +11,13 @@ import pytest
 import torch
 from launching import PROJECT
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddptrain.build import build_trainer
 from ddptrain.checkpoint.saved import MODEL
 from ddptrain.compose import compose
-from ddptrain.errors import NonFiniteError
+from ddptrain.errors import NonFiniteError, Refused
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
 from ddptrain.observe.phases import Phases
@@ -24,6 +25,7 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.resilience.sanity import Explainer
 from ddptrain.run_directory import RunDirectory, open_directory
+from ddptrain.tasks import Classification
 
 Build = Callable[..., Trainer]
 PLAIN_DESCENT = (
@@ -207,3 +209,20 @@ def test_epoch_and_evaluation_borders_keep_workers(build: Build) -> None:
         trainer.step(step, batches)
     assert first
     assert {child.pid for child in multiprocessing.active_children()} <= first
+
+
+def test_mixup_trains_on_sums_and_evaluates_what_is_there() -> None:
+    """Of one sample, mixed with itself, the loss is what it is without."""
+    torch.manual_seed(0)
+    task = Classification(nn.Flatten(), classes=3, mixup=0.5)
+    plain = Classification(nn.Flatten(), classes=3)
+    inputs, labels = torch.randn(8, 3), torch.randint(0, 3, (8,))
+    one = inputs[:1], labels[:1]
+    assert torch.allclose(task(one).sum, plain(one).sum)
+    mixed = task((inputs, labels))
+    assert mixed.count == 8
+    assert not torch.allclose(mixed.sum, plain((inputs, labels)).sum)
+    task.eval()
+    assert torch.equal(task((inputs, labels)).sum, plain((inputs, labels)).sum)
+    with pytest.raises(Refused, match="mixup=-1"):
+        Classification(nn.Flatten(), classes=3, mixup=-1)

@@ -8,11 +8,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ddptrain.checkpoint.checkpoints import Checkpoints
+from ddptrain.checkpoint.saved import OPTIMIZER
 from ddptrain.config import Config
 from ddptrain.data.fetch import Fetcher
 from ddptrain.errors import EXIT_COMPLETED, CheckpointError, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
+from ddptrain.optim.average import put_averages
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.parts import build_autocast, build_checkpoints, build_source, build_task
 from ddptrain.place import Place
@@ -22,14 +24,14 @@ from ddptrain.tasks.language_model import LanguageModel
 from ddptrain.tasks.task import Task
 
 
-def evaluate(run: RunDirectory, config: Config, which: str, split: str | None) -> int:
+def evaluate(run: RunDirectory, config: Config, which: str, last: bool, split: str | None) -> int:
     """Print the metrics of a checkpoint over a split as JSON; on several ranks under torchrun."""
     split = split or ("test" if config.data.test is not None else "val")
     if getattr(config.data, split) is None:
         raise Refused(f"--split {split}: data.{split} is not set in {run.config}")
     place = Place.from_environment()
     ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
-    task, step = load(run, config, which, ranks)
+    task, step = load(run, config, which, ranks, last)
     evaluation = Evaluation(
         task,
         Fetcher(build_source(config, split), ranks.device, config.data.workers),
@@ -43,19 +45,22 @@ def evaluate(run: RunDirectory, config: Config, which: str, split: str | None) -
     return EXIT_COMPLETED
 
 
-def export(run: RunDirectory, config: Config, which: str, output: Path | None) -> int:
+def export(run: RunDirectory, config: Config, which: str, last: bool, output: Path | None) -> int:
     """Write parameters and buffers of a checkpoint to one file, and print its name."""
     file = output or run.export
-    task, step = load(run, config, which, Ranks(Place(), choose_device("cpu", Place()), TIMEOUT))
+    ranks = Ranks(Place(), choose_device("cpu", Place()), TIMEOUT)
+    task, step = load(run, config, which, ranks, last)
     save_file(unshared(model_tensors(task)), file, metadata={"format": "pt", "step": str(step)})
     print(file)
     return EXIT_COMPLETED
 
 
-def sample(run: RunDirectory, config: Config, which: str, prompt: str, length: int) -> int:
+def sample(
+    run: RunDirectory, config: Config, which: str, last: bool, prompt: str, length: int
+) -> int:
     """Print text that the run's language model continues ``prompt`` with."""
     device = choose_device(config.train.device.name, Place())
-    task, _ = load(run, config, which, Ranks(Place(), device, TIMEOUT))
+    task, _ = load(run, config, which, Ranks(Place(), device, TIMEOUT), last)
     if not isinstance(task, LanguageModel):
         raise Refused(f"{run.path}: its task is {type(task).__name__}, which writes no text")
     task.eval()
@@ -63,13 +68,21 @@ def sample(run: RunDirectory, config: Config, which: str, prompt: str, length: i
     return EXIT_COMPLETED
 
 
-def load(run: RunDirectory, config: Config, which: str, ranks: Ranks) -> tuple[Task, int]:
-    """Build a run's task and load a checkpoint of it: "latest", "best" or a step's number."""
+def load(
+    run: RunDirectory, config: Config, which: str, ranks: Ranks, last: bool
+) -> tuple[Task, int]:
+    """Build a run's task and load a checkpoint of it: "latest", "best" or a step's number.
+
+    Where weights were averaged it has the averages, or the ``last`` step's if that is wanted.
+    """
     checkpoints = build_checkpoints(config, run)
     # One choice for all ranks: the run may be saving at this moment.
     step = ranks.from_first(_find(checkpoints, which, run) if ranks.is_first else None)
     task = build_task(config, ranks.device)
-    checkpoints.read(step).put_back(task, None)
+    saved = checkpoints.read(step)
+    saved.put_back(task, None)
+    if config.train.average.kind is not None and not last:
+        put_averages(task, saved.tensors(OPTIMIZER))
     return task, step
 
 

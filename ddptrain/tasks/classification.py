@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddptrain.errors import Refused
 from ddptrain.tasks.metrics import choose, make
 from ddptrain.tasks.task import Loss, Task
 
@@ -24,6 +26,8 @@ Name = Literal[
 class Classification(Task):
     """Cross-entropy over ``classes``; a batch is (inputs, labels), labels int64, shape (B,).
 
+    With ``mixup`` it trains on sums of two samples of a micro-batch, λ of one and 1 − λ of the
+    other, where λ is drawn from Beta(``mixup``, ``mixup``) (Zhang et al., ICLR 2018).
     ``metrics`` are names, or mappings of names to other torchmetrics; these are updated with the
     probabilities, float64, (B, classes), and the labels. Raises ``Refused`` for a name that there
     is not.
@@ -34,17 +38,28 @@ class Classification(Task):
         model: nn.Module,
         classes: int,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
         metrics: Sequence[Name | Mapping[str, Metric]] = ("accuracy", "f1"),
     ) -> None:
         super().__init__()
         self.model = model
         self.classes = classes
         self.label_smoothing = label_smoothing
+        if mixup < 0:
+            raise Refused(f"mixup={mixup}: expected 0 or more")
+        self.mixup = mixup
         self.chosen = choose(metrics, get_args(Name))
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Loss:
         inputs, labels = batch
-        return self._loss(self.model(inputs), labels)
+        if not self.mixup or not self.training:
+            return self._loss(self.model(inputs), labels)
+        concentration = inputs.new_full((2,), self.mixup)
+        share = torch.distributions.Dirichlet(concentration).sample()[0]
+        other = torch.randperm(len(labels), device=inputs.device)
+        logits = self.model(share * inputs + (1 - share) * inputs[other])
+        one, two = (self._loss(logits, each).sum for each in (labels, labels[other]))
+        return Loss(share * one + (1 - share) * two, len(labels))
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Loss:
         total = functional.cross_entropy(
