@@ -22,6 +22,7 @@ from ddptrain.data.plan import Plan
 from ddptrain.errors import TrainingError
 from ddptrain.fingerprints import Fingerprints
 from ddptrain.launch.worker import TIMEOUT
+from ddptrain.optim.clip import Clip
 from ddptrain.optim.guard import Guard
 from ddptrain.optim.loss_scale import LossScale
 from ddptrain.optim.schedules import Constant
@@ -194,7 +195,9 @@ def make_step(
         DataParallel(ranks, 25, Mean()),
         ranks,
         total_steps=100,
-        max_norm=max_norm,
+        clip=Clip(max_norm),
+        penalty=None,
+        average=None,
         guard=Guard(CPU, halts=not skips, stops=not skips),
         loss_scale=loss_scale,
         fingerprints=Fingerprints(task, plan, ranks, None, 100),
