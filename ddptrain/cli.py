@@ -14,7 +14,7 @@ import yaml
 from ddptrain import inspection
 from ddptrain.command_line import parse
 from ddptrain.compose import compose
-from ddptrain.config import Resume, to_plain
+from ddptrain.config import Config, Resume, to_plain
 from ddptrain.errors import EXIT_COMPLETED, EXIT_FAILED, Refused, TrainingError
 from ddptrain.observe.phases import Phases
 from ddptrain.parent import end_with_parent
@@ -165,8 +165,8 @@ def _verify_rank(parsed: argparse.Namespace) -> int:
     return verify_rank(parsed.folder)
 
 
-def _doctor(parsed: argparse.Namespace) -> int:
-    """Try a launch: be one of its ranks, or start them."""
+def _join(parsed: argparse.Namespace) -> tuple[Config, Place] | int:
+    """What a rank needs to run a command with the others; or the exit code of those started."""
     from ddptrain.launch.allocation import Allocation
     from ddptrain.launch.local import count_ranks, try_ranks
     from ddptrain.launch.slurm import try_on
@@ -176,14 +176,30 @@ def _doctor(parsed: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         allocation = Allocation.here()
         if allocation is not None:
-            return try_on(allocation, config)
+            return try_on(allocation, config, parsed.command)
         ranks = count_ranks(config)
         check_world_size(config, ranks)
         if ranks > 1:
-            return try_ranks(["doctor", *parsed.overrides], ranks)
+            return try_ranks([parsed.command, *parsed.overrides], ranks)
+    return config, place
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    joined = _join(parsed)
+    if isinstance(joined, int):
+        return joined
     from ddptrain.launch.doctor import doctor
 
-    return doctor(config, place)
+    return doctor(*joined)
+
+
+def _lr_find(parsed: argparse.Namespace) -> int:
+    joined = _join(parsed)
+    if isinstance(joined, int):
+        return joined
+    from ddptrain.launch.lr_find import lr_find
+
+    return lr_find(*joined)
 
 
 def _config(parsed: argparse.Namespace) -> int:
@@ -241,4 +257,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
     "verify-rank": _verify_rank,
     "doctor": _doctor,
+    "lr-find": _lr_find,
 }

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", "test that ranks, resumes and workers change nothing", run=False)
     verify.add_argument("--steps", type=int, default=3, metavar="N", help="steps to compare: 3")
     add("doctor", "try the launch of a config: what is wrong with it, and what to do", run=False)
+    add("lr-find", "try learning rates in a few steps, and suggest one", run=False)
     add("config", "print the composed, checked config; train nothing", run=False)
     add("rerun", "train a run's stored config again, in a new directory", run=True)
     evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)
@@ -67,16 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
         )
-        last = "where weights were averaged (train.average), those of the last step instead"
-        command.add_argument("--last", action="store_true", help=last)
+        command.add_argument("--last", action="store_true", help="of averaged weights: the last")
     replay = add("replay", "take one step of a run again, and name what was wrong in it", run=True)
     replay.add_argument("step", type=int, help="counted from 0, as in anomalies.jsonl")
     diff = add("diff", "where two runs parted, and what differed first", run=True)
     diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
     _add_compare(commands)
-    summary = "write a small project of your own, which trains at once"
-    init = commands.add_parser("init", description=summary, help=summary)
-    init.add_argument("folder", type=Path, help="a new folder")
+    _add_init(commands)
     add("rank", None, run=False)
     add("worker", None, run=True).add_argument("--again", action="store_true")
     commands.add_parser("node").add_argument("of_ranks", metavar="COMMAND")
@@ -91,3 +89,9 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("runs", type=Path, nargs="+", metavar="run", help=folder)
     default = "default: compare/ in the nearest folder that holds all of them"
     command.add_argument("--output", type=Path, metavar="FOLDER", help=default)
+
+
+def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "write a small project of your own, which trains at once"
+    init = commands.add_parser("init", description=summary, help=summary)
+    init.add_argument("folder", type=Path, help="a new folder")

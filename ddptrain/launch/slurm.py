@@ -82,10 +82,10 @@ def launch_on(allocation: Allocation, run: RunDirectory, config: Config) -> int:
     return EXIT_STOPPED
 
 
-def try_on(allocation: Allocation, config: Config) -> int:
-    """Run `ddptrain doctor` on all nodes of a job; return the exit code."""
+def try_on(allocation: Allocation, config: Config, command: str) -> int:
+    """Run a command such as doctor on all nodes of a job; return the exit code."""
     with heard() as signals:
-        agents = _start_agents(allocation, config, "doctor")
+        agents = _start_agents(allocation, config, command)
         _wait(agents, allocation, config.resilience.grace_seconds, signals)
     code = agents.process.returncode
     return code if code in (EXIT_COMPLETED, EXIT_REFUSED) else EXIT_FAILED
