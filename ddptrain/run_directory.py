@@ -127,8 +127,8 @@ class RunDirectory:
         return override("run.dir", short(self.path))
 
     def leave_no_trace(self) -> None:
-        """Be gone, if it was made for a start that has been refused, and holds none before it."""
-        if self.is_new and not self.attempts.exists():
+        """Be gone, if it was made for a start that was refused before a rank wrote to its log."""
+        if self.is_new and not self.attempts.exists() and not any(self.logs.glob("*")):
             rmtree(self.path, ignore_errors=True)
             with suppress(OSError):  # others' runs are there
                 self.path.parent.rmdir()

@@ -496,7 +496,7 @@ def test_a_picture_that_fails_fails_no_run(
     build: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build("run", *minimise("distance", "{point: [0, 0, 0]}", "{}", GOAL, steps=2))
-    monkeypatch.setattr(trainer.task, "plots", lambda lines: lines[100])
+    monkeypatch.setattr(trainer.task, "figures", lambda lines: lines[100])
     trainer.train()
     assert trainer.done == 2
     assert "the pictures of the run could not be drawn" in caplog.text
