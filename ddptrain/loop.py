@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from ddptrain import pulse
 from ddptrain.errors import DivergenceError, NonFiniteError, Refused, Stopped
+from ddptrain.nearest import suggest
 from ddptrain.optim.guard import Verdict
 from ddptrain.run import Run
 
@@ -158,10 +157,8 @@ class Trainer(Run):
             names = [f"val/{name}" for name in self.evaluations["val"].names()]
             for key, metric in self.metrics_needed.items():
                 if metric not in names:
-                    close = get_close_matches(metric, names, 1)
-                    hint = f"did you mean {close[0]}?" if close else "name one"
-                    there_are = f"the task's metrics are {', '.join(names)}"
-                    raise Refused(f"{key}={metric}: {there_are}; {hint}")
+                    hint = suggest(metric, names)
+                    raise Refused(f"{key}={metric}: the task has no such metric{hint}")
             self.metrics_needed = {}
 
     def validate(self) -> bool:

@@ -59,7 +59,10 @@ def test_a_rate_falls_and_a_run_ends_the_same_through_a_kill_and_on_two_ranks(
     [
         ([*EARLY, "train.early_stop.metric=val/los"], "train.early_stop.metric=val/los: "),
         ([*EARLY, "eval.every_steps=null"], "but eval.every_steps is null"),
-        (["schedule=plateau", "schedule.metric=val/f1"], "schedule.metric=val/f1: the task's"),
+        (
+            ["schedule=plateau", "schedule.metric=val/f1"],
+            "schedule.metric=val/f1: the task has no such metric; there is",
+        ),
         (
             ["schedule=plateau", "eval.every_steps=null"],
             "schedule.metric=val/loss needs evaluations",

@@ -382,7 +382,7 @@ def test_pictures_cannot_be_what_the_best_is_chosen_by(tmp_path: Path) -> None:
         ]
     )
     assert refused.returncode == 2
-    assert "checkpoint.metric=val/roc: the task's metrics are" in refused.stderr
+    assert "checkpoint.metric=val/roc: the task has no such metric" in refused.stderr
 
 
 @pytest.fixture

@@ -74,7 +74,6 @@ class _Rule:
     patterns: list[str]
     frozen: bool
     options: dict[str, Any]
-    matched: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(number: int, group: dict[str, Any]) -> _Rule:
@@ -86,15 +85,13 @@ class _Rule:
         return _Rule(number, [match] if isinstance(match, str) else list(match), frozen, options)
 
     def takes(self, name: str) -> bool:
-        hits = [pattern for pattern in self.patterns if fnmatchcase(name, pattern)]
-        self.matched.update(hits)
-        return bool(hits)
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
 def _refuse_idle(rules: list[_Rule], names: list[str]) -> None:
     for rule in rules:
         for pattern in rule.patterns:
-            if pattern not in rule.matched and not any(fnmatchcase(n, pattern) for n in names):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 near = get_close_matches(pattern, names, 1, 0.3) or names[:1]
                 raise ValueError(
                     f"groups[{rule.number}].match={pattern}: no parameter has such a name; there "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,16 +22,16 @@ POINTS = 2000
 """A curve has no more pixels."""
 
 
-class Picture:
+class Picture(ABC):
     """Marks a metric whose value is drawn, and is no number.
 
     So is that of any other metric that is not one number and has torchmetrics' ``plot(value, ax)``;
     marked, ``checkpoint.metric`` cannot name it.
     """
 
+    @abstractmethod
     def plot(self, value: Any, ax: Axes) -> None:
         """Draw what ``compute`` gave."""
-        raise NotImplementedError
 
 
 def draw_curves(axes: Axes, curves: Curves, x_label: str, y_label: str, corner: Corner) -> None:

@@ -6,6 +6,8 @@ order of a sort, and compute in float32, group by group.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -38,9 +40,9 @@ class Ranking(Metric):
         scores, targets = torch.cat(self.scores).cpu(), torch.cat(self.targets).cpu()
         return self.of_groups(scores.double(), targets.double(), groups).mean()
 
+    @abstractmethod
     def of_groups(self, scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
         """The value of each group; groups are numbered from 0."""
-        raise NotImplementedError
 
 
 def first_ranks(scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
