@@ -19,11 +19,12 @@ Finished = subprocess.CompletedProcess[str]
 
 
 def environment() -> dict[str, str]:
-    """This environment with one thread a rank, and nothing of a launcher's in it."""
+    """That of a shell in which this interpreter's environment is active, with one thread a rank."""
     inherited = {
         k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC"))
     }
-    return inherited | {"OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return inherited | {"OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def start(command: list[str], folder: Path = PROJECT) -> subprocess.Popen[str]:
