@@ -75,7 +75,7 @@ class Contest:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "BENCHMARK_FOLDER": str(folder),
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),  # of this checkout
         }
         self.began = time.perf_counter()
         with (folder / "output").open("w") as output:

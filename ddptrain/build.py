@@ -6,11 +6,22 @@ import logging
 from dataclasses import asdict
 from functools import partial
 
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Adafactor
+from torch.optim import Muon as TorchMuon
 
 from ddptrain.account import Accounted, Window
 from ddptrain.claim import Claim
-from ddptrain.config import GROUPING, Averaging, Clock, Config, Penalised, Precision, TrainConfig
+from ddptrain.config import (
+    GROUPING,
+    Averaging,
+    Clock,
+    Config,
+    Direction,
+    Penalised,
+    Precision,
+    TrainConfig,
+)
+from ddptrain.contest import Contest
 from ddptrain.data.fetch import Fetcher
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
@@ -23,6 +34,7 @@ from ddptrain.optim.average import Average
 from ddptrain.optim.build import build_optimizer, build_schedule
 from ddptrain.optim.clip import Clip
 from ddptrain.optim.loss_scale import LossScale
+from ddptrain.optim.muon import Muon
 from ddptrain.optim.penalty import Penalty
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.parts import (
@@ -42,9 +54,13 @@ from ddptrain.rules import idle
 from ddptrain.run_directory import RunDirectory
 from ddptrain.setbacks import Setbacks
 from ddptrain.step import Step
+from ddptrain.tasks.restarts import Restarts
 from ddptrain.tasks.task import Task
 
 logger = logging.getLogger(__name__)
+
+OVER_ALL = (LBFGS, Adafactor, Muon, TorchMuon)
+"""Optimisers that look at more than one number at a time."""
 
 
 def build_trainer(
@@ -67,6 +83,7 @@ def build_trainer(
     autocast = build_autocast(train.precision, ranks.device)
     total_steps = _total_steps(train, plan)
     step = build_step(config, ranks, task, plan, autocast, total_steps)
+    fetcher = partial(Fetcher, device=ranks.device, workers=config.data.workers)
     guard = None if claim is None else claim.check
     size = ranks.world_size
     observer = Observer(config, run, phases, speaks=ranks.is_first, world_size=size, guard=guard)
@@ -74,15 +91,10 @@ def build_trainer(
         config,
         ranks,
         task,
-        Fetcher(source, ranks.device, config.data.workers),
+        fetcher(source),
         step,
         {
-            split: Evaluation(
-                task,
-                Fetcher(other, ranks.device, config.data.workers),
-                ranks,
-                autocast,
-            )
+            split: _build_evaluation(config, split, task, (fetcher(other), ranks, autocast))
             for split, other in others.items()
         },
         build_checkpoints(config, run, ranks, claim),
@@ -94,6 +106,17 @@ def build_trainer(
         total_steps,
         build_early_stop(train),
     )
+
+
+def _build_evaluation(
+    config: Config, split: str, task: Task, parts: tuple[Fetcher, Ranks, Autocast]
+) -> Evaluation:
+    if not isinstance(task, Restarts) or split != "val":
+        return Evaluation(task, *parts)
+    keep = config.checkpoint
+    larger = keep.mode is Direction.max
+    metric = keep.metric.removeprefix("val/")
+    return Contest(task, *parts, metric=metric, is_larger_better=larger)
 
 
 def build_step(
@@ -116,6 +139,11 @@ def build_step(
         raise Refused(
             "optim=lbfgs searches along the gradient as it is: set train.grad_clip.max_norm=null, "
             "train.penalty.l1=0 and train.precision=fp32 or bf16"
+        )
+    if isinstance(task, Restarts) and isinstance(optimizer, OVER_ALL):
+        raise Refused(
+            f"optim: {type(optimizer).__name__} looks at more than one number at a time, and "
+            "cannot tell restarts apart; choose one that updates each number by itself"
         )
     micro_batches = len(plan.micro_batches(0))
     if micro_batches < ranks.world_size:

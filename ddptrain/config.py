@@ -229,6 +229,7 @@ class Config:
     """A whole run. ``Any`` marks what a ``_target_`` builds: a user may put their own there."""
 
     seed: int = MISSING
+    restarts: int = MISSING
     run: RunConfig = field(default_factory=RunConfig)
     task: Any = None
     model: Any = None

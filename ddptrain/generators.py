@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,3 +23,15 @@ def key_generators(key: int, device: torch.device | None = None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.default_generators[device.index].manual_seed(key)
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Leave the generators, that of a CUDA ``device`` too, as they are now, whatever draws."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

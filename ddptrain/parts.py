@@ -47,6 +47,7 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.parallel.reduction import Mean, Reduction
 from ddptrain.run_directory import RunDirectory
 from ddptrain.stored import changes, computed
+from ddptrain.tasks.restarts import Restarts
 from ddptrain.tasks.task import Task
 from ddptrain.trust import check_objects
 
@@ -55,18 +56,27 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 def build_task(config: Config, device: torch.device) -> Task:
     """Build the model and its task, with weights drawn from the seed. Raises ``Refused``."""
-    key_generators(derive(config.seed, "weights"), device)
+    tasks = [_build_one(config, device, number) for number in range(config.restarts)]
+    try:
+        task = Restarts(tasks) if len(tasks) > 1 else tasks[0]
+    except ValueError as error:
+        raise Refused(f"restarts={len(tasks)}: {error}") from None
+    if config.train.compile:
+        _tell_of_compiling()
+        task.compile()
+    return task
+
+
+def _build_one(config: Config, device: torch.device, number: int) -> Task:
+    """Build the task of one of the restarts; the first has the weights of a run without others."""
+    key_generators(derive(config.seed, "weights", *([number] if number else [])), device)
     model = (
         {} if config.model is None else {"model": build_part("model", instantiate, config.model)}
     )
     task = build_part("task", instantiate, config.task, _convert_="all", **model)
     if not isinstance(task, Task):
         raise Refused(f"task: {type(task).__name__} is no ddptrain.Task; derive it from that class")
-    task.to(device)
-    if config.train.compile:
-        _tell_of_compiling()
-        task.compile()
-    return task
+    return task.to(device)
 
 
 def _tell_of_compiling() -> None:

@@ -19,6 +19,7 @@ def check(config: Config) -> None:
             raise Refused(f"{section}: none chosen; see conf/{section}/ for what there is")
     _check_sizes(config)
     _check_evaluation(config)
+    _check_restarts(config)
     count = config.launch.nproc_per_node
     if count != "auto" and not (count.isdecimal() and int(count) > 0):
         raise Refused(f"launch.nproc_per_node: expected 'auto' or a number above 0, got {count!r}")
@@ -104,6 +105,22 @@ def _check_evaluation(config: Config) -> None:
         )
     if config.run.resume is Resume.must and config.run.dir is config.checkpoint.dir is None:
         raise Refused("run.resume=must but run.dir is not set: name the run to continue")
+
+
+def _check_restarts(config: Config) -> None:
+    if config.restarts < 1:
+        raise Refused(f"restarts: expected a number above 0, got {config.restarts}")
+    if config.restarts == 1:
+        return
+    if config.data.val is None:
+        raise Refused(f"restarts={config.restarts}: set data.val, by which to tell the best")
+    if not config.checkpoint.metric.startswith("val/"):
+        raise Refused(
+            f"restarts={config.restarts}: the best is told by checkpoint.metric, which is "
+            f"{config.checkpoint.metric}; choose one of val"
+        )
+    if config.train.compile:
+        raise Refused(f"restarts={config.restarts}: set train.compile=false, or restarts=1")
 
 
 def check_world_size(config: Config, world_size: int) -> None:

@@ -80,7 +80,7 @@ class Run:
                 "null: set it, or choose another schedule"
             )
         self.metrics_needed = {f"{key}.metric": each.metric for key, each in goes_by.items()}
-        if self.checkpoints.retention.keep_best:
+        if self.checkpoints.retention.keep_best or self.config.restarts > 1:
             self.metrics_needed["checkpoint.metric"] = self.checkpoints.metric
 
     @property

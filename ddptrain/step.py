@@ -31,7 +31,7 @@ from ddptrain.parallel.buffers import Buffers
 from ddptrain.parallel.ddp import Strategy
 from ddptrain.parallel.faint import Faint
 from ddptrain.parallel.ranks import Ranks
-from ddptrain.tasks.task import Batch, Task
+from ddptrain.tasks.task import Batch
 
 
 class Step:
@@ -79,7 +79,7 @@ class Step:
         self.closure: Closure | None = None
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.faint = Faint(self.reduction, self.names, self.parameters)
-        self.projects = type(module.task).project is not Task.project
+        self.projects = module.task.is_projected
         self.rewinds = 0
         self.norm = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.current: MicroBatch | None = None

@@ -156,6 +156,8 @@ EXACT = {
         *("experiment=ragged", "train.penalty.l1=0.01", "train.penalty.l2=0.1"),
         *("train.grad_clip.per_unit=0.05", "train.grad_clip.max_value=0.01"),
     ],
+    "restarts": ["experiment=ragged", "restarts=3", "train.grad_clip.max_norm=0.1"],
+    "restarts, in turn": ["experiment=ragged", "restarts=2", "model.batch_norm=true"],
     "averages": ["experiment=ragged", "train.average.kind=ema", "train.average.start=1"],
     "muon": [*LANGUAGE_MODEL, "optim=muon", "optim.layer_decay=0.5"],
     "lbfgs": [

@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "generators", "hashing",
           "srun", "failpoints", "lagging", "pulse", "processes", "beside",
-          "marks", "nearest"}  # fmt: skip
+          "marks", "nearest", "stacked"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
                   "rules", "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "marks": set(),
     "lagging": set(),
     "nearest": set(),
+    "stacked": set(),
     "hashing": set(),
     "config": {"errors"},
     "rules": {"config", "errors"},
@@ -67,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "closure": GROUND | PARTS | {"account", "fingerprints"},
     "step": GROUND | PARTS | {"account", "closure", "fingerprints"},
     "evaluate": GROUND | PARTS | {"account", "config"},
+    "contest": GROUND | PARTS | {"evaluate"},
     # Called by the loop, and import none of it.
     "checkpoint": GROUND | {"state", "parallel"},
     "observe": PLAIN,
@@ -77,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "loop": PLAIN | PARTS | {"run"},
     "parts": PLAIN | PARTS | {"checkpoint", "observe"},
     "build": PLAIN | PARTS
-    | {"parts", "account", "fingerprints", "step", "evaluate", "observe", "resilience",
+    | {"parts", "account", "contest", "fingerprints", "step", "evaluate", "observe", "resilience",
        "setbacks", "loop"},
     "launch": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "remembered", "setbacks", "loop",

@@ -21,6 +21,7 @@ from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
 from ddptrain.state import model_tensors, unshared
 from ddptrain.tasks.language_model import LanguageModel
+from ddptrain.tasks.restarts import Restarts
 from ddptrain.tasks.task import Task
 
 
@@ -73,7 +74,8 @@ def load(
 ) -> tuple[Task, int]:
     """Build a run's task and load a checkpoint of it: "latest", "best" or a step's number.
 
-    Where weights were averaged it has the averages, or the ``last`` step's if that is wanted.
+    Where weights were averaged it has the averages, or the ``last`` step's if that is wanted; of
+    several restarts it is the best.
     """
     checkpoints = build_checkpoints(config, run)
     # One choice for all ranks: the run may be saving at this moment.
@@ -83,7 +85,7 @@ def load(
     saved.put_back(task, None)
     if config.train.average.kind is not None and not last:
         put_averages(task, saved.tensors(OPTIMIZER))
-    return task, step
+    return (task.best if isinstance(task, Restarts) else task), step
 
 
 def _find(checkpoints: Checkpoints, which: str, run: RunDirectory) -> int:

@@ -96,6 +96,7 @@ def lr_find(config: Config, place: Place) -> int:
 
 def _simplify(config: Config) -> None:
     """Leave out what a few steps need not, or would be disturbed by."""
+    config.restarts = 1
     config.train.max_steps, config.train.max_epochs = STEPS, None
     config.schedule = {"_target_": "ddptrain.optim.schedules.Constant"}
     config.data.val = config.data.test = config.eval.every_steps = None

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ddptrain.stacked import dimensions
+
 Named = tuple[str, nn.Parameter]
 MATRIX = 2
 """Dimensions from which on a parameter is decayed; below are biases and the scales of norms."""
@@ -55,7 +57,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         options = dict(rule.options) if rule is not None else {}
-        if decays and decay == "weights" and parameter.dim() < MATRIX:
+        if decays and decay == "weights" and dimensions(parameter) < MATRIX:
             options.setdefault("weight_decay", 0.0)
         if layer_decay is not None:
             options["lr"] = options.get("lr", lr) * layer_decay ** depth[name]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddptrain.optim.groups import MATRIX
+from ddptrain.stacked import dimensions
 
 
 class Penalty:
@@ -70,7 +71,7 @@ class Penalty:
             parameter
             for group in self.optimizer.param_groups
             for parameter in group["params"]
-            if self.of_all or parameter.dim() >= MATRIX
+            if self.of_all or dimensions(parameter) >= MATRIX
         ]
 
 

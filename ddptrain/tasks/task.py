@@ -45,6 +45,11 @@ class Task(nn.Module):
         wait for it.
         """
 
+    @property
+    def is_projected(self) -> bool:
+        """Whether there is a projection to call."""
+        return type(self).project is not Task.project
+
     def metrics(self) -> dict[str, Metric]:
         """Return fresh torchmetrics by name, for one evaluation."""
         from ddptrain.tasks.mean import Mean
