@@ -247,6 +247,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "rerun": _rerun,
     "evaluate": inspection.evaluate,
     "export": inspection.export,
+    "explain": inspection.explain,
     "sample": inspection.sample,
     "replay": inspection.replay,
     "diff": inspection.diff,

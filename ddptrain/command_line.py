@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ddptrain.compose import options
 
+SPLITS = ("train", "val", "test")
+
 
 def parse(given: list[str]) -> argparse.Namespace:
     """Parse a command line on which overrides may stand before and after options."""
@@ -58,13 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     add("config", "print the composed, checked config; train nothing", run=False)
     add("rerun", "train a run's stored config again, in a new directory", run=True)
     evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)
-    evaluate.add_argument("--split", choices=("train", "val", "test"), help="default: test, or val")
+    evaluate.add_argument("--split", choices=SPLITS, help="default: test, or val")
     export = add("export", "write a run's weights to one safetensors file", run=True)
     export.add_argument("--output", type=Path, help="default: RUN/model.safetensors")
+    explain = add("explain", "which parts of its inputs a run's outputs go back to", run=True)
+    _add_explain(explain)
     sample = add("sample", "text from a run's language model", run=True)
     sample.add_argument("--prompt", default="def ", help="text to continue")
     sample.add_argument("--length", type=int, default=400, help="bytes to add")
-    for command in (evaluate, export, sample):
+    for command in (evaluate, export, explain, sample):
         command.add_argument(
             "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
         )
@@ -80,6 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("node").add_argument("of_ranks", metavar="COMMAND")
     commands.add_parser("verify-rank").add_argument("folder", type=Path)
     return parser
+
+
+def _add_explain(explain: argparse.ArgumentParser) -> None:
+    explain.add_argument("--split", choices=SPLITS, help="default: test, or val")
+    explain.add_argument(
+        "--method",
+        action="append",
+        choices=("integrated-gradients", "permutation", "saliency"),
+        help="may be given again; default: all that there are for such inputs",
+    )
+    default = "default: all; of images and texts 200"
+    explain.add_argument("--samples", type=int, metavar="N", help=f"so many, drawn; {default}")
+    explain.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/explain")
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

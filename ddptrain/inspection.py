@@ -36,6 +36,14 @@ def sample(parsed: argparse.Namespace) -> int:
     return sample(run, config, parsed.checkpoint, parsed.last, parsed.prompt, parsed.length)
 
 
+def explain(parsed: argparse.Namespace) -> int:
+    run, config = _stored(parsed)
+    from ddptrain.explain.command import explain
+
+    wanted = parsed.split, parsed.method, parsed.samples, parsed.output
+    return explain(run, config, parsed.checkpoint, parsed.last, *wanted)
+
+
 def replay(parsed: argparse.Namespace) -> int:
     run, config = _stored(parsed)
     from ddptrain.launch.replay import replay

@@ -87,6 +87,10 @@ class RunDirectory:
         return self.path / "plots"
 
     @property
+    def explained(self) -> Path:
+        return self.path / "explain"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

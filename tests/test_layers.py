@@ -86,9 +86,10 @@ ALLOWED: dict[str, set[str]] = {
        "build", "parts"},
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
+    "explain": PLAIN | PARTS | {"evaluate", "observe", "launch", "parts"},
     "command_line": {"compose"},
     "project": {"errors", "screen"},
-    "inspection": {"config", "errors", "observe", "launch", "run_directory"},
+    "inspection": {"config", "errors", "observe", "launch", "explain", "run_directory"},
     "cli": PLAIN
     | {"command_line", "inspection", "project", "remembered", "observe", "resilience", "launch",
        "verify"},

@@ -36,7 +36,10 @@ class BreastCancer(TensorDataset):
     def __init__(self, split: str, samples: int | None = None) -> None:
         from sklearn.datasets import load_breast_cancer
 
-        features, labels = load_breast_cancer(return_X_y=True)
+        known = load_breast_cancer()
+        features, labels = known.data, known.target
+        self.feature_names = [str(name) for name in known.feature_names]
+        self.class_names = [str(name) for name in known.target_names]
         seen = features[split_indices(len(labels), "train")]
         mine = split_indices(len(labels), split)[:samples]
         standardised = (features[mine] - seen.mean(axis=0)) / seen.std(axis=0)

@@ -27,9 +27,7 @@ from ddptrain.tasks.task import Task
 
 def evaluate(run: RunDirectory, config: Config, which: str, last: bool, split: str | None) -> int:
     """Print the metrics of a checkpoint over a split as JSON; on several ranks under torchrun."""
-    split = split or ("test" if config.data.test is not None else "val")
-    if getattr(config.data, split) is None:
-        raise Refused(f"--split {split}: data.{split} is not set in {run.config}")
+    split = split_of(config, run, split)
     place = Place.from_environment()
     ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
     task, step = load(run, config, which, ranks, last)
@@ -67,6 +65,14 @@ def sample(
     task.eval()
     print(task.continue_text(prompt, length))
     return EXIT_COMPLETED
+
+
+def split_of(config: Config, run: RunDirectory, wanted: str | None) -> str:
+    """The split that is wanted; test, or else val, if none is. Raises ``Refused``."""
+    split = wanted or ("test" if config.data.test is not None else "val")
+    if getattr(config.data, split) is None:
+        raise Refused(f"--split {split}: data.{split} is not set in {run.config}")
+    return split
 
 
 def load(

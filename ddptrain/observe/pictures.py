@@ -14,6 +14,7 @@ from ddptrain.observe.loggers import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Draw = Callable[["Axes"], Any]
 WIDTH, HEIGHT, DOTS_PER_INCH = 6, 5, 100
@@ -48,6 +49,17 @@ class Plots:
 
 def render(draw: Draw, title: str) -> Picture:
     """Have ``draw`` draw on the axes of a picture. Raises what it raises."""
+
+    def draw_alone(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_title(title.replace("$", r"\$"), fontsize=10, loc="left")
+
+    return render_figure(draw_alone, WIDTH, HEIGHT)
+
+
+def render_figure(draw: Callable[[Figure], Any], width: float, height: float) -> Picture:
+    """Have ``draw`` draw on a figure of so many inches. Raises what it raises."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,11 +67,9 @@ def render(draw: Draw, title: str) -> Picture:
 
     with warnings.catch_warnings(), style.context("default"):
         warnings.simplefilter("ignore")  # letters that the font lacks
-        figure = Figure((WIDTH, HEIGHT), DOTS_PER_INCH, layout=ConstrainedLayoutEngine())
+        figure = Figure((width, height), DOTS_PER_INCH, layout=ConstrainedLayoutEngine())
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_title(title.replace("$", r"\$"), fontsize=10, loc="left")
+        draw(figure)
         file = BytesIO()
         figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
-    return Picture(file.getvalue(), WIDTH * DOTS_PER_INCH, HEIGHT * DOTS_PER_INCH)
+    return Picture(file.getvalue(), round(width * DOTS_PER_INCH), round(height * DOTS_PER_INCH))

@@ -1,4 +1,4 @@
-"""What `ddptrain compare` prints: a row for each run, for a terminal and for a pipe."""
+"""The tables that commands print, of `ddptrain compare` a row for each run, also for a pipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNLIMITED = 1_000_000
 
 @dataclass(frozen=True)
 class Column:
-    """A header and a cell for each run, in their order."""
+    """A header and a cell for each row, in their order."""
 
     header: str
     cells: list[str]
@@ -36,13 +36,23 @@ def render(comparison: Comparison) -> str:
         columns = _columns(comparison, is_narrow=True)
         while columns[-1].is_dispensable and _width(console, columns) > console.width:
             left_out.insert(0, columns.pop().header.replace("\n", ""))
-    console.width = max(console.width, _width(console, columns))
-    with console.capture() as captured:
-        console.print(_table(columns, [comparison.is_best(r) for r in comparison.records]))
-    lines = [line.rstrip() for line in captured.get().splitlines()]
+    lines = _lines(console, columns, [comparison.is_best(r) for r in comparison.records])
     if left_out:
         lines += ["", f"no room for {', '.join(left_out)}; a pipe (| cat) gets all columns"]
     return "\n".join(lines)
+
+
+def plain(columns: list[Column]) -> str:
+    """A table as it is, however wide."""
+    console = Console(highlight=False)
+    return "\n".join(_lines(console, columns, [False] * len(columns[0].cells)))
+
+
+def _lines(console: Console, columns: list[Column], is_best: list[bool]) -> list[str]:
+    console.width = max(console.width, _width(console, columns))
+    with console.capture() as captured:
+        console.print(_table(columns, is_best))
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def _width(console: Console, columns: list[Column]) -> int:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
+
+from ddptrain.errors import Refused
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +66,31 @@ class Task(nn.Module):
     def update_loss(self, metrics: dict[str, Metric], loss: Loss) -> None:
         """Add a micro-batch's loss to ``metrics["loss"]``, weighted by its count."""
         metrics["loss"].update(loss.sum, loss.count)
+
+    def explained(self, inputs: Tensor) -> Tensor:
+        """Return scores, (B,) or (B, classes), which `ddptrain explain` traces to ``inputs``.
+
+        ``inputs`` are the first part of a batch, and a sample's scores depend on that sample alone.
+        Of several scores the largest is explained. By default they are what ``model`` gives. Raises
+        ``Refused`` if there is none.
+        """
+        model = getattr(self, "model", None)
+        if not isinstance(model, nn.Module):
+            name = type(self).__name__
+            raise Refused(
+                f"task: {name} has no model whose outputs could be explained; give {name} a method "
+                "explained(inputs) that returns scores, (B,) or (B, classes)"
+            )
+        scores: Tensor = model(inputs)
+        return scores
+
+    def baseline(self, inputs: Tensor) -> Tensor:
+        """Return what `ddptrain explain` holds ``inputs`` against, in their shape.
+
+        By default zeros: the mean of features that are standardised, a black image, and in a text
+        the token that fills up.
+        """
+        return torch.zeros_like(inputs)
 
     def example(self) -> str | None:
         """Return a piece of what the model does, to show at the end of a run, or None."""

@@ -1,0 +1,1 @@
+"""`ddptrain explain`: which parts of its inputs the outputs of a finished run go back to."""

@@ -1,0 +1,120 @@
+"""`ddptrain explain`: loads a run, attributes its outputs to its inputs, and tells of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddptrain.config import Config, Direction
+from ddptrain.data.fetch import Fetcher
+from ddptrain.errors import EXIT_COMPLETED, Refused
+from ddptrain.evaluate import Evaluation
+from ddptrain.explain import features, images, tokens
+from ddptrain.explain.attribution import METHODS, PERMUTATION, Attributions, Attributor
+from ddptrain.explain.importance import REPEATS, Importance, Metric, measure
+from ddptrain.explain.report import Report, facts_of
+from ddptrain.explain.samples import Example, draw
+from ddptrain.launch.inspect import load, split_of
+from ddptrain.launch.worker import TIMEOUT
+from ddptrain.observe.values import digits
+from ddptrain.parallel.ranks import Ranks, choose_device
+from ddptrain.parts import build_autocast, build_source
+from ddptrain.place import Place
+from ddptrain.run_directory import RunDirectory
+from ddptrain.screen import say, short
+from ddptrain.tasks.task import Task
+
+
+def explain(
+    run: RunDirectory,
+    config: Config,
+    which: str,
+    last: bool,
+    split: str | None,
+    methods: list[str] | None,
+    samples: int | None,
+    output: Path | None,
+) -> int:
+    """Explain a checkpoint's outputs for the samples of a split; on several ranks under torchrun.
+
+    Writes a table, facts and pictures into ``output``, by default ``explain`` in the run's
+    directory. Raises ``Refused`` for what cannot be explained so.
+    """
+    split = split_of(config, run, split)
+    place = Place.from_environment()
+    ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
+    task, step = load(run, config, which, ranks, last)
+    example = Example.of(build_source(config, split), ranks.device, config.data.workers)
+    methods = _check(methods, example)
+    source = draw(example.source, samples, example.kind)
+    attributor = Attributor(task, example, methods)
+    fetcher = Fetcher(source, ranks.device, config.data.workers)
+    mine = source.plan.micro_batches(0, ranks.rank, ranks.world_size)
+    batches = list(fetcher.fetch(mine))
+    importance = None
+    if PERMUTATION in methods:
+        importance = _importance(config, task, fetcher, batches, ranks)
+    found = attributor.over(source, batches, ranks) if set(methods) - {PERMUTATION} else None
+    if ranks.is_first:
+        facts = {"split": split, "step": step, "samples": source.plan.samples}
+        explained = "its output" if attributor.outputs == 1 else "the class it predicts"
+        say(f"{run.path}, step {step}: {explained}, of {source.plan.samples} samples of {split}")
+        _tell(
+            _report(example, found, importance), found, importance, facts, output or run.explained
+        )
+    ranks.barrier()  # the first that leaves with an error ends the others under torchrun
+    ranks.leave()
+    return EXIT_COMPLETED
+
+
+def _check(methods: list[str] | None, example: Example) -> list[str]:
+    """The methods that are wanted, each once, in a fixed order. Raises ``Refused``."""
+    known = METHODS[example.kind]
+    for method in methods or ():
+        if method not in known:
+            raise Refused(
+                f"--method {method}: inputs of {example.source.label} are {example.kind}, for "
+                f"which there is {', '.join(known)}"
+            )
+    return [method for method in known if not methods or method in methods]
+
+
+def _importance(
+    config: Config, task: Task, fetcher: Fetcher, batches: list[Any], ranks: Ranks
+) -> Importance:
+    autocast = build_autocast(config.train.precision, ranks.device)
+    evaluation = Evaluation(task, fetcher, ranks, autocast)
+    keep = config.checkpoint
+    metric = Metric.of_run(keep.metric, keep.mode is Direction.max, evaluation.names())
+    return measure(evaluation, batches, metric)
+
+
+def _report(example: Example, found: Attributions | None, importance: Importance | None) -> Report:
+    if example.kind == "features" or found is None:
+        return features.report(example.feature_names, found, importance)
+    if example.kind == "images":
+        return images.report(found, example.class_name)
+    return tokens.report(found, example.class_name, example.token_name)
+
+
+def _tell(
+    report: Report,
+    found: Attributions | None,
+    importance: Importance | None,
+    facts: dict[str, Any],
+    folder: Path,
+) -> None:
+    say(f"\n{report.table()}\n")
+    if importance is not None:
+        name, value = importance.metric.name, importance.value
+        facts[PERMUTATION] = {"metric": name, "value": value, "repetitions": REPEATS}
+        say(f"permutation  {name} is {digits(value)}; {REPEATS} orders of each feature")
+    if found is not None and (quality := facts_of(found)):
+        facts |= quality
+        for method, told in quality.items():
+            say(
+                f"{method}: they miss at most {told['largest_convergence_delta']:.2g} of a change "
+                f"of {told['mean_absolute_change']:.4g} (mean) from the baseline"
+            )
+    for file in report.write(folder, str(facts["split"]), facts):
+        say(f"written      {short(file)}")

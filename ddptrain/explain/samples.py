@@ -1,0 +1,144 @@
+"""Which samples of a split are explained, what they are, and what their parts are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddptrain.data.fetch import Fetcher, Source
+from ddptrain.data.plan import MicroBatch, Plan
+from ddptrain.data.shuffle import Permutation
+from ddptrain.errors import Refused
+from ddptrain.keys import derive
+
+Kind = Literal["features", "images", "tokens"]
+DEFAULT = 200
+"""So many images or texts, if nobody says: they are looked at, and each takes 50 forwards."""
+SUPPORTED = (
+    "supported are batches (inputs, targets) whose inputs are numbers in floating point, (B, …), "
+    "images, (B, channels, height, width), or tokens, int64, (B, length)"
+)
+
+
+@dataclass(frozen=True)
+class Drawn(Plan):
+    """One pass over ``samples`` of the ``whole`` samples of a data set, in the set's order.
+
+    Which of them is drawn from the seed: the first ones of a set that is sorted are all alike.
+    """
+
+    whole: int = 0
+
+    def indices(self, batch: MicroBatch) -> npt.NDArray[np.int64]:
+        return _drawn(self.seed, self.whole, self.samples)[batch.start : batch.stop]
+
+
+def _drawn(seed: int, whole: int, samples: int) -> npt.NDArray[np.int64]:
+    order = Permutation(whole, derive(seed, "explain/samples"))
+    return np.sort(order(np.arange(samples)))
+
+
+def draw(source: Source, samples: int | None, kind: Kind) -> Source:
+    """The same split with as many samples as are to be explained. Raises ``Refused``."""
+    plan = source.plan
+    if samples is None:
+        samples = plan.samples if kind == "features" else min(plan.samples, DEFAULT)
+    if not 1 <= samples <= plan.samples:
+        raise Refused(f"--samples {samples}: {source.label} has 1 to {plan.samples} to explain")
+    chosen = Drawn(samples, samples, plan.micro_batch_size, plan.seed, False, plan.samples)
+    return replace(source, plan=chosen)
+
+
+@dataclass(frozen=True)
+class Example:
+    """The first sample of a split as a batch of one, from which all ranks see what there is."""
+
+    source: Source
+    inputs: Tensor
+    kind: Kind
+
+    @classmethod
+    def of(cls, source: Source, device: torch.device, workers: int) -> Example:
+        """Fetch it, by the same road as batches. Raises ``Refused`` if it is of no known kind."""
+        (batch,) = Fetcher(source, device, workers).fetch([MicroBatch(0, 0, 0, 0, 1)])
+        inputs = inputs_of(batch, source.label)
+        return cls(source, inputs, _kind_of(inputs, source.label))
+
+    @cached_property
+    def feature_names(self) -> list[str]:
+        """Those that the data set has, or their places. Raises ``Refused`` if these are others."""
+        shape = self.inputs.shape[1:]
+        known = _names(self.source.dataset, "feature_names")
+        if known is None:
+            places = np.ndindex(*shape)
+            return [f"feature {', '.join(map(str, place))}" for place in places]
+        if len(known) != shape.numel():
+            raise Refused(
+                f"{self.source.label}: its feature_names are {len(known)}, but a sample has "
+                f"{shape.numel()} features"
+            )
+        return known
+
+    def class_name(self, label: int) -> str:
+        return _name_of(label, _names(self.source.dataset, "class_names")) if label >= 0 else "all"
+
+    def token_name(self, token: int) -> str:
+        return _name_of(token, _names(self.source.dataset, "token_names"))
+
+
+def _names(dataset: Any, attribute: str) -> list[str] | None:
+    """A list of names that a data set may have, also below a ``Subset`` of torch's."""
+    while not hasattr(dataset, attribute) and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    names = getattr(dataset, attribute, None)
+    return None if names is None else [str(name) for name in names]
+
+
+def _name_of(number: int, names: Sequence[str] | None) -> str:
+    return names[number] if names and 0 <= number < len(names) else str(number)
+
+
+def inputs_of(batch: Any, label: str) -> Tensor:
+    """The inputs of a batch (inputs, targets). Raises ``Refused`` if it is none."""
+    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[0], Tensor):
+        return batch[0]
+    raise Refused(f"{label}: its batch is {_told(batch)}; {SUPPORTED}")
+
+
+def with_inputs(batch: Any, inputs: Tensor) -> Any:
+    """The same batch with other inputs."""
+    parts = [inputs, *batch[1:]]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The classes of a batch's samples, int64, shape (B,); None if its targets are none."""
+    targets = batch[1]
+    if not isinstance(targets, Tensor) or targets.shape != batch[0].shape[:1]:
+        return None
+    return None if targets.is_floating_point() else targets.long()
+
+
+def _kind_of(inputs: Tensor, label: str) -> Kind:
+    if inputs.is_floating_point() and inputs.dim() == 4:
+        return "images"
+    if inputs.is_floating_point() and inputs.dim() > 1:
+        return "features"
+    if inputs.dtype == torch.int64 and inputs.dim() == 2:
+        return "tokens"
+    raise Refused(f"{label}: its inputs are {_told(inputs)}; {SUPPORTED}")
+
+
+def _told(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor of {str(batch.dtype).removeprefix('torch.')}, {tuple(batch.shape)}"
+    if isinstance(batch, tuple | list):
+        return f"({', '.join(map(_told, batch))})"
+    return f"a {type(batch).__name__}"
