@@ -96,6 +96,8 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
     )
     default = "default: all; of images and texts 200"
     explain.add_argument("--samples", type=int, metavar="N", help=f"so many, drawn; {default}")
+    steps = "points between baseline and input: 200"
+    explain.add_argument("--steps", type=int, default=200, metavar="N", help=steps)
     explain.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/explain")
 
 

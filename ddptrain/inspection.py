@@ -40,7 +40,7 @@ def explain(parsed: argparse.Namespace) -> int:
     run, config = _stored(parsed)
     from ddptrain.explain.command import explain
 
-    wanted = parsed.split, parsed.method, parsed.samples, parsed.output
+    wanted = parsed.split, parsed.method, parsed.samples, parsed.steps, parsed.output
     return explain(run, config, parsed.checkpoint, parsed.last, *wanted)
 
 

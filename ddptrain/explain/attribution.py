@@ -23,8 +23,6 @@ METHODS: dict[Kind, tuple[str, ...]] = {
     "images": (INTEGRATED, SALIENCY),
     "tokens": (INTEGRATED,),
 }
-STEPS = 50
-"""Points between baseline and input at which a gradient is taken, by Gauss and Legendre."""
 
 
 @dataclass
@@ -70,19 +68,22 @@ class Attributor:
     """Attributes the scores of ``task`` to its inputs; it is set to eval mode, its weights fixed.
 
     Integrated gradients (Sundararajan, Taly and Yan, *Axiomatic Attribution for Deep Networks*,
-    ICML 2017) add up to the score's distance from that of a baseline; saliency (Simonyan, Vedaldi
-    and Zisserman, ICLR workshops 2014) is the size of the gradient. Of tokens they are those of
-    their embeddings, summed: captum's LayerIntegratedGradients would do as much, but hands the
-    baseline to the model as tokens, too, so that one which masks what is filled up is another
-    function there, and the convergence delta means nothing.
+    ICML 2017), taken at ``steps`` points, add up to the score's distance from that of a baseline;
+    saliency (Simonyan, Vedaldi and Zisserman, ICLR workshops 2014) is the size of the gradient. Of
+    tokens they are those of their embeddings, summed: captum's LayerIntegratedGradients would do as
+    much, but hands the baseline to the model as tokens, too, so that one which masks what is filled
+    up is another function there, and the convergence delta means nothing.
 
     Raises ``Refused`` for a task whose scores cannot be traced back.
     """
 
-    def __init__(self, task: Task, example: Example, methods: Sequence[str]) -> None:
+    def __init__(
+        self, task: Task, example: Example, methods: Sequence[str], steps: int = 200
+    ) -> None:
         self.task = task.eval().requires_grad_(False)
         self.kind = example.kind
         self.methods = methods
+        self.steps = steps
         self.embedding = _embedding(task, example.inputs) if example.kind == "tokens" else None
         with torch.no_grad():
             self.outputs = self._scores(example.inputs).shape[1]
@@ -136,7 +137,7 @@ class Attributor:
             end,
             start,
             additional_forward_args=(explained, inputs),
-            n_steps=STEPS,
+            n_steps=self.steps,
             internal_batch_size=len(end),  # a forward is no larger than in an evaluation
             return_convergence_delta=True,
         )

@@ -10,9 +10,9 @@ from ddptrain.data.fetch import Fetcher
 from ddptrain.errors import EXIT_COMPLETED, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.explain import features, images, tokens
-from ddptrain.explain.attribution import METHODS, PERMUTATION, Attributions, Attributor
+from ddptrain.explain.attribution import INTEGRATED, METHODS, PERMUTATION, Attributions, Attributor
 from ddptrain.explain.importance import REPEATS, Importance, Metric, measure
-from ddptrain.explain.report import Report, facts_of
+from ddptrain.explain.report import Report, quality_of
 from ddptrain.explain.samples import Example, draw
 from ddptrain.launch.inspect import load, split_of
 from ddptrain.launch.worker import TIMEOUT
@@ -33,6 +33,7 @@ def explain(
     split: str | None,
     methods: list[str] | None,
     samples: int | None,
+    steps: int,
     output: Path | None,
 ) -> int:
     """Explain a checkpoint's outputs for the samples of a split; on several ranks under torchrun.
@@ -41,13 +42,15 @@ def explain(
     directory. Raises ``Refused`` for what cannot be explained so.
     """
     split = split_of(config, run, split)
+    if steps < 1:
+        raise Refused(f"--steps {steps}: expected a number above 0")
     place = Place.from_environment()
     ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
     task, step = load(run, config, which, ranks, last)
     example = Example.of(build_source(config, split), ranks.device, config.data.workers)
     methods = _check(methods, example)
     source = draw(example.source, samples, example.kind)
-    attributor = Attributor(task, example, methods)
+    attributor = Attributor(task, example, methods, steps)
     fetcher = Fetcher(source, ranks.device, config.data.workers)
     mine = source.plan.micro_batches(0, ranks.rank, ranks.world_size)
     batches = list(fetcher.fetch(mine))
@@ -57,6 +60,7 @@ def explain(
     found = attributor.over(source, batches, ranks) if set(methods) - {PERMUTATION} else None
     if ranks.is_first:
         facts = {"split": split, "step": step, "samples": source.plan.samples}
+        facts |= {"steps": steps} if INTEGRATED in methods else {}
         explained = "its output" if attributor.outputs == 1 else "the class it predicts"
         say(f"{run.path}, step {step}: {explained}, of {source.plan.samples} samples of {split}")
         _tell(
@@ -107,14 +111,14 @@ def _tell(
     say(f"\n{report.table()}\n")
     if importance is not None:
         name, value = importance.metric.name, importance.value
-        facts[PERMUTATION] = {"metric": name, "value": value, "repetitions": REPEATS}
+        facts |= {"metric": name, "value": value, "orders": REPEATS}
         say(f"permutation  {name} is {digits(value)}; {REPEATS} orders of each feature")
-    if found is not None and (quality := facts_of(found)):
+    if found is not None and (quality := quality_of(found)):
         facts |= quality
-        for method, told in quality.items():
-            say(
-                f"{method}: they miss at most {told['largest_convergence_delta']:.2g} of a change "
-                f"of {told['mean_absolute_change']:.4g} (mean) from the baseline"
-            )
+        missed, change = quality["largest_convergence_delta"], quality["mean_absolute_change"]
+        say(
+            f"integrated   a score's change from the baseline is {change:.4g} in the mean, and missed "
+            f"by {missed:.2g} at most" + "; more --steps miss less" * (missed > change / 10)
+        )
     for file in report.write(folder, str(facts["split"]), facts):
         say(f"written      {short(file)}")

@@ -14,13 +14,14 @@ from ddptrain.observe.pictures import render_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CLASSES, EACH = 10, 2
 """A grid has so many classes at most, and samples of each."""
 REGIONS = [f"{down} {across}" for down in ("top", "middle", "bottom")
            for across in ("left", "centre", "right")]  # fmt: skip
-PANEL = 1.1
-"""Inches of one image in a grid."""
+INCHES, GAP = 1.3, 0.24
+"""Of an image in a grid, and the share of it above it, which its title has."""
 
 Panel = tuple[str, str, Tensor]
 """A title, how it is coloured, and (H, W) or (H, W, 3)."""
@@ -75,27 +76,34 @@ def _shown(image: Tensor) -> Tensor:
 
 
 def _grid(rows: list[list[Panel]], title: str) -> Picture:
+    """All in one system of axes, an image one wide: a system for each would take seconds."""
     columns = max(map(len, rows))
+    height, width = rows[0][0][2].shape[:2]
+    pitch = height / width + GAP
 
-    def draw(figure: Any) -> None:
-        grid = figure.subplots(len(rows), columns, squeeze=False)
-        for axes in grid.flat:
-            axes.axis("off")
-        for axes_of_row, row in zip(grid, rows, strict=True):
-            for axes, panel in zip(axes_of_row, row, strict=False):
-                _draw(axes, *panel)
-        if title:
-            figure.suptitle(title, fontsize=10)
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for row, panels in enumerate(rows):
+            for column, panel in enumerate(panels):
+                left, top = column * (1 + GAP / 2), row * pitch + GAP
+                _draw(axes, panel, (left, left + 1, top + height / width, top))
+        axes.set_xlim(-GAP / 2, columns * (1 + GAP / 2))
+        axes.set_ylim(len(rows) * pitch + GAP / 2, 0)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.axis("off")
 
-    return render_figure(draw, PANEL * 1.25 * columns, PANEL * 1.2 * len(rows) + 0.3 * bool(title))
+    size = INCHES * columns * (1 + GAP / 2), INCHES * (len(rows) * pitch + GAP)
+    return render_figure(draw, *size)
 
 
-def _draw(axes: Axes, title: str, kind: str, values: Tensor) -> None:
+def _draw(axes: Axes, panel: Panel, extent: tuple[float, float, float, float]) -> None:
+    title, kind, values = panel
     largest = values.abs().max().item() or 1.0
     if kind == "image":
-        axes.imshow(values.numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(values.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
     elif kind == INTEGRATED:  # red speaks for the class, blue against it
-        axes.imshow(values.numpy(), cmap="bwr", vmin=-largest, vmax=largest)
+        axes.imshow(values.numpy(), cmap="bwr", vmin=-largest, vmax=largest, extent=extent)
     else:
-        axes.imshow(values.numpy(), cmap="magma", vmin=0, vmax=largest)
-    axes.set_title(title.replace("$", r"\$"), fontsize=6)
+        axes.imshow(values.numpy(), cmap="magma", vmin=0, vmax=largest, extent=extent)
+    middle, top = (extent[0] + extent[1]) / 2, extent[3] - GAP / 8
+    axes.text(middle, top, title.replace("$", r"\$"), size=7, ha="center", va="bottom")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ddptrain.errors import TrainingError
-from ddptrain.explain.attribution import INTEGRATED, STEPS, Attributions
+from ddptrain.explain.attribution import INTEGRATED, Attributions
 from ddptrain.files import replace_bytes
 from ddptrain.observe.loggers import Picture
 from ddptrain.observe.table import Column, plain
@@ -20,6 +20,9 @@ from ddptrain.observe.values import digits, printable
 
 SHOWN = 20
 """Rows of a table on the screen; the file has all."""
+PICTURES = {"features", "samples", "classes"}
+WIDE = 6
+"""Headers of more columns than these are broken."""
 
 
 @dataclass
@@ -33,8 +36,13 @@ class Report:
     def table(self) -> str:
         """The first rows, for the screen."""
         shown = self.rows[:SHOWN]
+        is_wide = len(self.header) > WIDE
         columns = [
-            Column(name, [_cell(row[place]) for row in shown], _is_number(shown[0][place]))
+            Column(
+                name.replace(" ", "\n" if is_wide else " "),
+                [_cell(row[place]) for row in shown],
+                _is_number(shown[0][place]),
+            )
             for place, name in enumerate(self.header)
         ]
         left_out = len(self.rows) - len(shown)
@@ -46,6 +54,7 @@ class Report:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([self.header, *self.rows])
         table = [dict(zip(self.header, map(_plain, row), strict=True)) for row in self.rows]
+        facts = {key: _plain(value) for key, value in facts.items()}
         content = json.dumps({**facts, "table": table}, indent=2, allow_nan=False) + "\n"
         files = {"csv": text.getvalue().encode(), "json": content.encode()}
         by_path = {folder / f"{split}.{suffix}": content for suffix, content in files.items()}
@@ -54,22 +63,21 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             for path, written in by_path.items():
                 replace_bytes(path, written)
+            for name in PICTURES - self.pictures.keys():  # of other inputs, from before
+                (folder / f"{split}-{name}.png").unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(f"{folder} cannot be written to: {error.strerror}") from error
         return list(by_path)
 
 
-def facts_of(found: Attributions) -> dict[str, Any]:
+def quality_of(found: Attributions) -> dict[str, float]:
     """How good the integrated gradients are, if there are any."""
     if INTEGRATED not in found.by_method:
         return {}
     changes, deltas = found.changes.double().abs(), found.deltas.double().abs()
     return {
-        INTEGRATED: {
-            "steps": STEPS,
-            "mean_absolute_change": _plain(changes.mean().item()),
-            "largest_convergence_delta": _plain(deltas.max().item()),
-        }
+        "mean_absolute_change": changes.mean().item(),
+        "largest_convergence_delta": deltas.max().item(),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -58,39 +57,45 @@ def draw(source: Source, samples: int | None, kind: Kind) -> Source:
 
 @dataclass(frozen=True)
 class Example:
-    """The first sample of a split as a batch of one, from which all ranks see what there is."""
+    """The first sample of a split as a batch of one, from which all ranks see what there is.
+
+    ``feature_names`` are those that the data set has, or places; none of images and tokens.
+    """
 
     source: Source
     inputs: Tensor
     kind: Kind
+    feature_names: list[str]
 
     @classmethod
     def of(cls, source: Source, device: torch.device, workers: int) -> Example:
-        """Fetch it, by the same road as batches. Raises ``Refused`` if it is of no known kind."""
+        """Fetch it, by the same road as batches.
+
+        Raises ``Refused`` if it is of no known kind, or has other features than there are names.
+        """
         (batch,) = Fetcher(source, device, workers).fetch([MicroBatch(0, 0, 0, 0, 1)])
         inputs = inputs_of(batch, source.label)
-        return cls(source, inputs, _kind_of(inputs, source.label))
-
-    @cached_property
-    def feature_names(self) -> list[str]:
-        """Those that the data set has, or their places. Raises ``Refused`` if these are others."""
-        shape = self.inputs.shape[1:]
-        known = _names(self.source.dataset, "feature_names")
-        if known is None:
-            places = np.ndindex(*shape)
-            return [f"feature {', '.join(map(str, place))}" for place in places]
-        if len(known) != shape.numel():
-            raise Refused(
-                f"{self.source.label}: its feature_names are {len(known)}, but a sample has "
-                f"{shape.numel()} features"
-            )
-        return known
+        kind = _kind_of(inputs, source.label)
+        names = _feature_names(source, inputs.shape[1:]) if kind == "features" else []
+        return cls(source, inputs, kind, names)
 
     def class_name(self, label: int) -> str:
         return _name_of(label, _names(self.source.dataset, "class_names")) if label >= 0 else "all"
 
     def token_name(self, token: int) -> str:
         return _name_of(token, _names(self.source.dataset, "token_names"))
+
+
+def _feature_names(source: Source, shape: torch.Size) -> list[str]:
+    known = _names(source.dataset, "feature_names")
+    if known is None:
+        return [f"feature {', '.join(map(str, place))}" for place in np.ndindex(*shape)]
+    if len(known) != shape.numel():
+        raise Refused(
+            f"{source.label}: it has {len(known)} feature_names, and a sample {shape.numel()} "
+            "features; give each of them a name"
+        )
+    return known
 
 
 def _names(dataset: Any, attribute: str) -> list[str] | None:
