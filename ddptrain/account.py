@@ -14,7 +14,7 @@ from ddptrain.tasks.task import Batch, Loss, Task
 
 RESERVED = frozenset(
     {"step", "split", "loss", "lr", "grad_norm", "samples", "samples_per_second", "epoch",
-     "skipped_steps", "rewinds", "loss_scale", "penalty", "sparsity"}
+     "skipped_steps", "rewinds", "loss_scale", "penalty", "sparsity", "noise_scale"}
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.fingerprints import Fingerprints
+from ddptrain.layers import Layers
 from ddptrain.loop import Trainer
 from ddptrain.observe.observer import Observer
 from ddptrain.observe.phases import Phases
@@ -101,6 +102,7 @@ def build_trainer(
         observer,
         Replicas(task, ranks),
         Setbacks(train, step, source, ranks, observer),
+        Layers(step, ranks, observer, config.log.layers_every_steps, config.log.every_steps),
         stop_request or StopRequest(ranks.place),
         partial(build_task, config, ranks.device),
         total_steps,

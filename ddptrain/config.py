@@ -160,6 +160,7 @@ class LogConfig:
     every_steps: int = MISSING
     tensorboard: bool = MISSING
     fingerprint_every: int | None = MISSING
+    layers_every_steps: int | None = MISSING
 
 
 @dataclass(kw_only=True, slots=True)

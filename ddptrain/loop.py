@@ -28,7 +28,8 @@ class Trainer(Run):
         self.fetch()
         while self.done < self.total_steps:
             step = self.done
-            self.step(step, self.batches)
+            with self.layers.watch(step):
+                self.step(step, self.batches)
             self.record = self.step.fingerprints.take(step)
             self.advance(step + 1)
             stop = self.heed()
@@ -147,7 +148,9 @@ class Trainer(Run):
                 seconds = self.clock.end_window(self.done - self.timed_from)
                 taken = samples - plan.samples_before(self.timed_from)
                 speed = {"samples_per_second": taken / seconds}
-            self.observer.log(self.done, "train", self.line | speed)
+            self.observer.log(
+                self.done, "train", self.line | speed | self.layers.scalars(self.done)
+            )
             self.timed_from = self.done
             self.check_metric()
 
@@ -209,4 +212,5 @@ class Trainer(Run):
         if self.ranks.is_first:
             best = self.checkpoints.best_metrics()
             self.observer.finish(self.done, self.metrics, best, self.task.figures)
+            self.layers.conclude(self.done)
         return self.metrics

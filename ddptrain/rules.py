@@ -41,6 +41,7 @@ def _check_sizes(config: Config) -> None:
         "eval.micro_batch_size": config.eval.micro_batch_size,
         "log.every_steps": config.log.every_steps,
         "log.fingerprint_every": config.log.fingerprint_every,
+        "log.layers_every_steps": config.log.layers_every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.memory_every_steps": config.checkpoint.memory_every_steps,
         "resilience.hang_seconds": config.resilience.hang_seconds,

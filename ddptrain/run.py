@@ -18,6 +18,7 @@ from ddptrain.data.fetch import Fetcher
 from ddptrain.errors import DivergenceError, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.fingerprints import Record
+from ddptrain.layers import Layers
 from ddptrain.observe.clock import StepClock
 from ddptrain.observe.observer import Observer
 from ddptrain.optim.patience import Heedful, Patience
@@ -48,6 +49,7 @@ class Run:
     observer: Observer
     replicas: Replicas
     setbacks: Setbacks
+    layers: Layers
     stop_request: StopRequest
     rebuild: Callable[[], Task]
     total_steps: int
@@ -125,6 +127,7 @@ class Run:
         self.tell()
         if self.config.log.fingerprint_every is not None:
             self.observer.begin_fingerprints(self.step.fingerprints.header(self.done), self.record)
+        self.layers.restore()
         return self.done
 
     def claim(self) -> None:

@@ -67,6 +67,10 @@ class RunDirectory:
         return self.path / "fingerprints.jsonl"
 
     @property
+    def layers(self) -> Path:
+        return self.path / "layers.jsonl"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts.jsonl"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -72,6 +72,8 @@ class Step:
         self.guard = guard
         self.loss_scale = loss_scale
         self.fingerprints = fingerprints
+        # Called with sums of gradients over the ranks, as they are, and what the losses count.
+        self.sum_hooks: list[Callable[[list[Tensor], Tensor], None]] = [fingerprints.gather]
         self.names = [n for n, p in module.task.named_parameters() if p.requires_grad]
         self.parameters = [p for p in module.task.parameters() if p.requires_grad]
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -106,7 +108,8 @@ class Step:
         self.accumulate(step, mine, iter(held) if self.searches else batches)
         gradients, account = self.gradients()
         count = account[0]
-        self.fingerprints.gather(gradients, count)
+        for hook in self.sum_hooks:
+            hook(gradients, count)
         if self.penalty is not None:
             self.penalty.add(count)
         total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -194,10 +197,9 @@ class Step:
             recorded = recorded / self.loss_scale.value
             lost = ~loss.isfinite()
             fault = self.loss_scale.update(bad, lost if hopeless is None else lost | hopeless)
-        guard = self.guard
-        skip = guard.judge(loss, bad, fault)
+        skip = self.guard.judge(loss, bad, fault)
         self.module.window.end_step(recorded, skip)
-        told = [account[3], guard.kind, loss, guard.limit, guard.in_a_row]
+        told = [account[3], self.guard.kind, loss, self.guard.limit, self.guard.in_a_row]
         self.verdicts.put(step, torch.stack(told))
         return skip.float()
 
@@ -250,9 +252,7 @@ class Step:
         scalars |= {} if self.penalty is None else self.penalty.scalars()
         faults = {"skipped_steps": skipped, "rewinds": self.rewinds}
         scalars |= {name: count for name, count in faults.items() if count}
-        if self.loss_scale is not None:
-            scalars["loss_scale"] = scale_now
-        return scalars
+        return scalars | ({} if self.loss_scale is None else {"loss_scale": scale_now})
 
     def numbers(self, alone: bool = False) -> dict[str, Any]:
         """What a checkpoint must hold besides tensors of the model and the optimiser.

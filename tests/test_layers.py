@@ -74,13 +74,15 @@ ALLOWED: dict[str, set[str]] = {
     "observe": PLAIN,
     "resilience": GROUND | {"data", "parallel", "tasks", "account"},
     "setbacks": PLAIN | PARTS | {"step", "checkpoint", "observe", "resilience"},
+    "layers": GROUND | PARTS | {"step", "observe"},
     "run": PLAIN | PARTS
-    | {"step", "fingerprints", "evaluate", "checkpoint", "observe", "resilience", "setbacks"},
+    | {"layers", "step", "fingerprints", "evaluate", "checkpoint", "observe", "resilience",
+       "setbacks"},
     "loop": PLAIN | PARTS | {"run"},
     "parts": PLAIN | PARTS | {"checkpoint", "observe"},
     "build": PLAIN | PARTS
     | {"parts", "account", "contest", "fingerprints", "step", "evaluate", "observe", "resilience",
-       "setbacks", "loop"},
+       "setbacks", "layers", "loop"},
     "launch": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "remembered", "setbacks", "loop",
        "build", "parts"},

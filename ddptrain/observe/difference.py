@@ -91,10 +91,10 @@ def _lines(first: RunDirectory, second: RunDirectory) -> tuple[Lines, Lines]:
     """What both runs logged and can be compared: a training line is a mean over an interval."""
     runs = first, second
     alike = len({run.load().log.every_steps for run in runs}) == 1
-    timing = {"samples_per_second"}
+    incidental = {"samples_per_second", "noise_scale"}
     one, other = (
         {
-            (line["step"], line["split"]): {k: v for k, v in line.items() if k not in timing}
+            (line["step"], line["split"]): {k: v for k, v in line.items() if k not in incidental}
             for line in read_json_lines(run.metrics)
             if {"step", "split"} <= line.keys() and (alike or line["split"] != "train")
         }

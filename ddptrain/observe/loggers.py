@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ddptrain.errors import Refused
+from ddptrain.observe.histograms import Histogram
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,6 +259,17 @@ class TensorBoard:
         try:
             writer = self._writer()._get_file_writer()  # type: ignore[no-untyped-call]
             writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        except OSError:
+            self.opened = None
+            raise
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        limits, counts = histogram.buckets()
+        if not limits:
+            return  # nothing in it is finite
+        numbers = limits[0], limits[-1], sum(counts), histogram.sum, histogram.squares
+        try:
+            self._writer().add_histogram_raw(name, *numbers, limits, counts, step)
         except OSError:
             self.opened = None
             raise

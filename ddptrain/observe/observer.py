@@ -15,6 +15,7 @@ from ddptrain.config import Config, flatten, to_plain
 from ddptrain.files import read_json, replace_text
 from ddptrain.observe.console import Screen, Silent, open_screen
 from ddptrain.observe.figures import Draw, drawn, save_figure
+from ddptrain.observe.histograms import Histogram, ShowsHistograms
 from ddptrain.observe.history import History
 from ddptrain.observe.loggers import (
     JsonLines,
@@ -62,6 +63,7 @@ class Observer:
         self.board: TensorBoard | None = None
         self.fingerprints: JsonLines | None = None
         self.anomalies: JsonLines | None = None
+        self.layer_lines: JsonLines | None = None
         self.resumed_at = 0
         self.told: set[str] = set()
         self.said: set[str] = set()
@@ -200,6 +202,27 @@ class Observer:
             with self._surviving(self.fingerprints):
                 self.fingerprints.write(record)
 
+    def begin_layers(self) -> list[dict[str, Any]]:
+        """Open the file of what was seen in layers; return the lines of steps that are done."""
+        if not self.speaks:
+            return []
+        self.layer_lines = self._lines(self.run.layers, self.resumed_at)
+        with self._surviving(self.layer_lines):
+            self.layer_lines.flush()
+        return read_json_lines(self.run.layers)
+
+    def layers(self, line: dict[str, Any], histograms: dict[str, Histogram]) -> None:
+        """Record what was seen in layers; loggers that can show histograms get each, by name."""
+        self._may_write()
+        if self.layer_lines is not None:
+            with self._surviving(self.layer_lines):
+                self.layer_lines.write(line)
+        for each in self.loggers:
+            if isinstance(each, ShowsHistograms):
+                with self._surviving(each):
+                    for name, histogram in histograms.items():
+                        each.histogram(line["step"], name, histogram)
+
     def anomaly(self, line: dict[str, Any]) -> None:
         """Note that something was wrong with the step that ``line`` names."""
         if self.speaks:
@@ -248,8 +271,8 @@ class Observer:
             except Exception:
                 logger.exception("%s could not be closed", type(each).__name__)
         self.loggers = []
-        for file in (self.fingerprints, self.anomalies):
+        for file in (self.fingerprints, self.anomalies, self.layer_lines):
             if file is not None:
                 with self._surviving(file):
                     file.close()
-        self.fingerprints = self.anomalies = None
+        self.fingerprints = self.anomalies = self.layer_lines = None
