@@ -24,6 +24,7 @@ from ddptrain.data.fetch import Fetcher
 from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.loop import Trainer
+from ddptrain.observe.loggers import read_json_lines
 from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ddp import DataParallel
 from ddptrain.parallel.ranks import Ranks
@@ -208,6 +209,24 @@ def take_steps_and_hash(trainer: Trainer, first: int, last: int) -> str:
     return fingerprint(trainer.task)
 
 
+def layers(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """What is seen in layers in each second of four steps, and weights with that and without."""
+    found: dict[str, Any] = {}
+    for every in ("null", "2"):
+        overrides = [*EXACT["digits"], "parallel.reduction=exact", "log.tensorboard=false"]
+        made = build(compose([*overrides, f"log.layers_every_steps={every}"]), ranks, folder)
+        made.layers.restore()
+        made.fetch()
+        for step in range(4):
+            with made.layers.watch(step):
+                made.step(step, made.batches)
+        made.observer.close()
+        found[every] = fingerprint(made.task)
+    lines = folder / "layers.jsonl"
+    found["lines"] = read_json_lines(lines) if ranks.is_first else []
+    return found
+
+
 def moved_buffers(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
     """A model's running statistics after a step, with sums in floating point."""
     config = compose(["experiment=ragged", "model.batch_norm=true", "log.tensorboard=false"])
@@ -250,6 +269,7 @@ def main(file: Path) -> None:
             "logs": differing_logs(ranks),
             # Between two ranks the order of a sum does not matter.
             "resumes": ranks.world_size != 3 or resumes_in_a_ring(ranks, file.parent),
+            "layers": layers(ranks, file.parent),
             "collectives": collectives_of_a_step(ranks, file.parent),
         }
     if ranks.is_first:

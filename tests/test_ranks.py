@@ -67,6 +67,18 @@ def test_sums_in_a_ring_do_not_depend_on_where_a_run_began(by_ranks: dict[int, F
     assert by_ranks[3]["resumes"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_is_seen_in_layers_is_the_same_and_changes_nothing(
+    by_ranks: dict[int, Found], ranks: int
+) -> None:
+    """To the bit, with exact sums: gradients, outputs, their histograms and the noise scale."""
+    found, alone = by_ranks[ranks]["layers"], by_ranks[ALONE]["layers"]
+    assert found == alone
+    assert found["null"] == found["2"]
+    assert [line["step"] for line in found["lines"]] == [2, 4]
+    assert all(line["noise"]["trace"] > 0 for line in found["lines"])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_exact_sums_give_the_same_bits_in_one_go_and_resumed(
     by_ranks: dict[int, Found], ranks: int

@@ -91,7 +91,7 @@ class Activations:
                 self.convolves = parameter.dim() >= CONVOLVES
         if isinstance(output, tuple | list) and output:
             output = output[0]
-        if not isinstance(output, Tensor) or not output.is_floating_point() or not output.dim():
+        if not _is_plain(output):
             return
         output = output.detach()
         found = Outputs(count_exponents(output), {index: sums(output)})
@@ -102,6 +102,17 @@ class Activations:
             self.seen[name] = found
         elif _fits(self.seen[name].alive, found.alive):
             self.seen[name].add(found)
+
+
+def _is_plain(output: object) -> bool:
+    """Whether it is a tensor of real numbers in rows and columns, and no scalar such as a loss."""
+    return (
+        isinstance(output, Tensor)
+        and output.is_floating_point()
+        and output.dim() > 0
+        and not output.is_nested
+        and output.layout is torch.strided
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -12,8 +12,9 @@ FAINT = 1e-5
 GROWN = 1e4
 """A convolution adds gradients over all places, 10⁴ in a large image, whose norm is the root of
 that, up to the number itself where they agree; outputs of models that learn are within 10²."""
-DEAD = 0.5
-"""A few dead units are common and harmless."""
+DEAD = 0.75
+"""A few dead units are harmless, and half of them give zero in a deep layer to which all samples
+look alike: by the sign of their random weights."""
 ENOUGH = 64
 """Of fewer values of a unit that are all zero, it may still be one that is rarely active."""
 

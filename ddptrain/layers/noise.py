@@ -73,7 +73,7 @@ def advise(noise: Noise) -> str | None:
     else:
         verdict = "near it: a larger one would need fewer steps, but more samples"
     return (
-        f"gradient noise scale about {scale:.3g}; a step counts {noise.count:.3g} (samples, or what "
-        f"the loss counts), {verdict} (the progress of a step is {share:.0%} of what the largest "
+        f"gradient noise scale about {scale:.3g}; a step has {noise.count:.3g} (samples, or what "
+        f"its loss counts), {verdict} (the progress of a step is {share:.0%} of what the largest "
         f"batch would make, with twice the batch {doubled:.0%})"
     )
