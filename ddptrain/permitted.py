@@ -38,8 +38,9 @@ PYTHON = {
 ONLY = {
     **PYTHON,
     "ddptrain": _words(
-        "Loss Task data.ImageFolder data.Table data.TextFiles data.TextFolder data.sets "
-        "data.images.ImageFolder data.table.Table data.texts.TextFiles data.texts.TextFolder "
+        "Loss Task data.ImageFolder data.Series data.Table data.TextFiles data.TextFolder "
+        "data.sets data.images.ImageFolder data.series.Series data.table.Table "
+        "data.texts.TextFiles data.texts.TextFolder "
         "models optim.muon optim.patience optim.schedules tasks"
     ),
     "numpy": _words(

@@ -77,7 +77,10 @@ def task_of(kind: str, classes: int) -> Task:
     if kind == "multiclass":
         return Classification(nn.Identity(), classes, metrics=get_args(classification.Name))
     if kind == "regression":
-        return Regression(nn.Identity(), metrics=get_args(regression.Name))
+        names = [n for n in get_args(regression.Name) if n not in regression.OF_INTERVALS]
+        return Regression(nn.Identity(), metrics=names)
+    if kind == "gaussian":
+        return Regression(nn.Identity(), "gaussian", metrics=get_args(regression.Name))
     if kind == "text":
         return LanguageModel(Logits(classes), get_args(language_model.Name))
     return Items()
@@ -101,6 +104,10 @@ def data_of(kind: str, seed: int, samples: int, classes: int, ties: bool) -> Dat
         # Far from zero, and little of it: what sums of squares lose.
         targets = normal(samples).double() * 10.0 ** (classes - 6) + 1000 * (classes % 3)
         return targets + normal(samples) * 10.0 ** (classes - 7), targets
+    if kind == "gaussian":
+        sure = normal(samples).double()
+        outputs = torch.stack([normal(samples).double(), sure.round() if ties else sure], dim=1)
+        return outputs, outputs[:, 0] + normal(samples) * torch.exp(outputs[:, 1] / 2) * classes / 3
     if kind == "text":
         return (whole(0, classes, (samples, 6)),)
     targets = whole(0, 4, (samples,)) * whole(0, 2, (samples,))
@@ -150,7 +157,7 @@ def values_on(world_size: int, make: Callable[[], Task], data: Data, micro: int)
 
 CASES = [
     (kind, seed, samples, classes, seed % 2 == 1)
-    for kind in ("binary", "multiclass", "regression", "text", "ranking")
+    for kind in ("binary", "multiclass", "regression", "gaussian", "text", "ranking")
     for seed, samples, classes in ((1, 67, 3), (2, 200, 5), (3, 21, 4))
 ]
 

@@ -30,7 +30,9 @@ from measured import (
     values_of,
     values_on,
 )
+from scipy.stats import norm
 from sklearn import metrics as sklearn
+from sklearn.calibration import calibration_curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError
@@ -47,7 +49,9 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.run_directory import open_directory
 from ddptrain.tasks import BinaryClassification, Classification, LanguageModel, Regression
+from ddptrain.tasks.calibration_metrics import Reliability
 from ddptrain.tasks.classification_metrics import ROC, MulticlassConfusionMatrix
+from ddptrain.tasks.regression_metrics import CoverageCurve
 
 NEAR = 1e-6
 Array = Any
@@ -64,12 +68,9 @@ def expected(kind: str, data: Data, classes: int) -> dict[str, Any]:
             scores = data[0].double().softmax(1).numpy()
             return of_classes(scores, scores.argmax(1), data[1].numpy(), "macro")
         if kind == "regression":
-            outputs, targets = (tensor.numpy() for tensor in data)
-            return {
-                "mae": sklearn.mean_absolute_error(targets, outputs),
-                "rmse": sklearn.root_mean_squared_error(targets, outputs),
-                "r2": sklearn.r2_score(targets, outputs),
-            }
+            return of_numbers(*(tensor.numpy() for tensor in data))
+        if kind == "gaussian":
+            return of_intervals(*(tensor.numpy() for tensor in data))
         if kind == "text":
             model = task_of(kind, classes).model
             chances = model(data[0][:, :-1]).double().softmax(-1).flatten(0, 1).numpy()
@@ -79,7 +80,28 @@ def expected(kind: str, data: Data, classes: int) -> dict[str, Any]:
         return of_groups(*(tensor.numpy() for tensor in data))
 
 
+def of_numbers(outputs: Array, targets: Array) -> dict[str, float]:
+    mae = sklearn.mean_absolute_error(targets, outputs)
+    return {
+        "mae": mae,
+        "rmse": sklearn.root_mean_squared_error(targets, outputs),
+        "r2": sklearn.r2_score(targets, outputs),
+        "relative_mae": mae / sklearn.mean_absolute_error(targets, np.zeros_like(targets)),
+    }
+
+
+def of_intervals(outputs: Array, targets: Array) -> dict[str, Any]:
+    """With scipy's quantiles of each sample's own distribution."""
+    means, deviations = outputs[:, 0], np.exp(outputs[:, 1] / 2)
+    levels = np.linspace(0.05, 0.95, 19)
+    low, high = norm.interval(levels[:, None], means, deviations)
+    shares = ((targets >= low) & (targets <= high)).mean(1)
+    curve = np.stack([levels, shares], axis=1)
+    return of_numbers(means, targets) | {"coverage": shares[17], "coverage_curve": curve}
+
+
 def of_classes(scores: Array, predicted: Array, labels: Array, average: str) -> dict[str, Any]:
+    bins = calibration(scores, predicted, labels)
     if average == "binary":
         one_hot, columns, classes = labels, [(labels, scores)], 2
     else:
@@ -93,25 +115,30 @@ def of_classes(scores: Array, predicted: Array, labels: Array, average: str) -> 
         "f1": sklearn.f1_score(labels, predicted, average=average),
         "auroc": sklearn.roc_auc_score(one_hot, scores),
         "average_precision": sklearn.average_precision_score(one_hot, scores),
-        "calibration_error": calibration_error(scores, predicted, labels),
+        "calibration_error": sum(n * abs(right - sure) for sure, right, n in bins),
+        "reliability": bins,
         "confusion_matrix": sklearn.confusion_matrix(labels, predicted, labels=range(classes)),
         "roc": [sklearn.roc_curve(*case, drop_intermediate=False)[:2] for case in columns],
         "pr": [sklearn.precision_recall_curve(*case)[1::-1] for case in columns],
     }
 
 
-def calibration_error(scores: Array, predicted: Array, labels: Array) -> float:
-    """Σ share × |accuracy - confidence| over fifteen bins; scikit-learn has only their edges."""
+def calibration(scores: Array, predicted: Array, labels: Array) -> Array:
+    """Mean confidence, accuracy and share of each of fifteen bins that has a sample."""
     is_binary = scores.ndim == 1
     confidence = scores if is_binary else scores.max(1)
     is_right = labels == 1 if is_binary else predicted == labels
     edges = torch.linspace(0, 1, 16, dtype=torch.float64).numpy()
-    error = 0.0
-    for low, high in pairwise(edges):
-        inside = (confidence >= low) & ((confidence < high) | (high == 1))
-        if inside.any():
-            error += inside.mean() * abs(is_right[inside].mean() - confidence[inside].mean())
-    return error
+    inside = [
+        (confidence >= low) & ((confidence < high) | (high == 1)) for low, high in pairwise(edges)
+    ]
+    return np.array(
+        [
+            (confidence[bin_].mean(), is_right[bin_].mean(), bin_.mean())
+            for bin_ in inside
+            if bin_.any()
+        ]
+    )
 
 
 def of_groups(scores: Array, targets: Array, groups: Array) -> dict[str, float]:
@@ -152,7 +179,9 @@ def assert_same_curve(x: Array, y: Array, its_x: Array, its_y: Array) -> None:
     assert y == pytest.approx(its_y, abs=NEAR)
 
 
-@pytest.mark.parametrize("kind", ["binary", "multiclass", "regression", "text", "ranking"])
+@pytest.mark.parametrize(
+    "kind", ["binary", "multiclass", "regression", "gaussian", "text", "ranking"]
+)
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
@@ -191,6 +220,15 @@ def test_many_samples_are_as_near(kind: str) -> None:
     data = data_of(kind, 7, 100_000, 4, ties=False)
     found = values_on(1, lambda: task_of(kind, 4), data, 5000)
     assert_same(found, expected(kind, data, 4))
+
+
+def test_the_reliability_of_yes_is_scikit_learns_calibration_curve() -> None:
+    scores, labels = data_of("binary", 4, 300, 2, ties=False)
+    found = values_on(3, lambda: task_of("binary", 2), (scores, labels), 7)["reliability"]
+    right, sure = calibration_curve(labels, scores.flatten().double().sigmoid(), n_bins=15)
+    assert found[:, 0].numpy() == pytest.approx(sure, abs=NEAR)
+    assert found[:, 1].numpy() == pytest.approx(right, abs=NEAR)
+    assert found[:, 2].sum() == pytest.approx(1)
 
 
 def test_confidence_of_one_is_in_the_last_bin() -> None:
@@ -325,6 +363,28 @@ def test_another_of_torchmetrics_is_merged_and_fresh_each_time() -> None:
     first = evaluation.run()
     assert first["squared"] == pytest.approx(first["rmse"] ** 2, rel=1e-5)
     assert evaluation.run() == first
+
+
+def test_a_gaussian_loss_is_the_densitys_and_needs_two_outputs() -> None:
+    outputs, targets = torch.tensor([[1.0, 0.0], [5.0, 2.0]]), torch.tensor([0.5, 2.0])
+    task = Regression(nn.Identity(), "gaussian")
+    density = norm.logpdf(targets, outputs[:, 0], torch.exp(outputs[:, 1] / 2)).sum()
+    assert task((outputs, targets)).sum.item() == pytest.approx(-density, rel=NEAR)
+    for wrong in (torch.ones(2, 1), torch.ones(4)):
+        with pytest.raises(TrainingError, match="a mean and the logarithm of a variance"):
+            task((wrong, targets))
+    with pytest.raises(Refused, match="coverage needs a model that says how sure it is"):
+        Regression(nn.Identity(), metrics=["mae", "coverage"])
+
+
+def test_changes_that_are_all_nothing_have_no_relative_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = Regression(nn.Identity(), metrics=["relative_mae"])
+    with caplog.at_level(logging.WARNING):
+        values = evaluation_of(task, (torch.ones(3), torch.zeros(3)), alone(), 2).run()
+    assert math.isnan(values["relative_mae"])
+    assert "relative_mae: not defined, for all targets are 0" in caplog.text
 
 
 def test_regression_learns_by_each_loss() -> None:
@@ -470,7 +530,7 @@ def test_curves_and_matrices_of_few_and_many_classes_can_be_drawn(
     made.show(10, "val", evaluation.pictures)
     made.close()
     assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == {
-        f"val-{name}.png" for name in ("roc", "pr", "confusion_matrix")
+        f"val-{name}.png" for name in ("roc", "pr", "confusion_matrix", "reliability")
     }
 
 
@@ -492,3 +552,14 @@ def test_a_picture_shows_the_points_of_the_curve_and_the_counts_of_the_matrix() 
     matrix = seen(lambda on: MulticlassConfusionMatrix(2).plot(counts, on))
     assert [text.get_text() for text in matrix.texts] == ["7", "1", "0", "4"]
     assert matrix.get_xlabel() == "predicted class"
+    bins = torch.tensor([[0.1, 0.2, 0.75], [0.9, 0.8, 0.25]])
+    said, curve = seen(lambda on: Reliability().plot(bins, on)).lines
+    assert list(said.get_xdata()) == list(said.get_ydata())
+    assert list(curve.get_xdata()) == pytest.approx([0.1, 0.9])
+    assert list(curve.get_ydata()) == pytest.approx([0.2, 0.8])
+    shares = torch.tensor([[0.5, 0.6], [0.9, 0.7]])
+    curve = seen(lambda on: CoverageCurve().plot(shares, on)).lines[1]
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == (
+        pytest.approx([0.5, 0.9]),
+        pytest.approx([0.6, 0.7]),
+    )

@@ -1,18 +1,23 @@
-"""Data that every machine has offline: of scikit-learn's, Python's own source, or none at all."""
+"""Data that a machine has offline: scikit-learn's, statsmodels', Python's own source, or none."""
 
 from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from ddptrain.data.splits import split_indices
+from ddptrain.data.series import check_log
+from ddptrain.data.splits import FRACTIONS, split_indices
 from ddptrain.data.texts import Windows, joined
+from ddptrain.data.walk_forward import Columns, Split, WalkForward
+from ddptrain.errors import Refused
 from ddptrain.keys import derive
+from ddptrain.nearest import suggest
 
 
 class Digits(TensorDataset):
@@ -44,6 +49,68 @@ class BreastCancer(TensorDataset):
         mine = split_indices(len(labels), split)[:samples]
         standardised = (features[mine] - seen.mean(axis=0)) / seen.std(axis=0)
         super().__init__(torch.from_numpy(standardised).float(), torch.from_numpy(labels[mine]))
+
+
+class Diabetes(TensorDataset):
+    """scikit-learn's diabetes data: 10 features, and how far the disease has gone a year later.
+
+    Both are standardised by mean and deviation of the training split.
+    """
+
+    def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_diabetes
+
+        features, targets = load_diabetes(return_X_y=True, scaled=False)
+        training, mine = (split_indices(len(targets), name) for name in ("train", split))
+        both = [
+            torch.from_numpy((values[mine] - seen.mean(axis=0)) / seen.std(axis=0)).float()
+            for values, seen in ((features, features[training]), (targets, targets[training]))
+        ]
+        super().__init__(*both)
+
+
+class Macrodata(WalkForward):
+    """A column of statsmodels' macrodata, the United States by quarter from 1959-01 to 2009-07.
+
+    Samples are those of ``WalkForward``; the options are those of ``ddptrain.data.Series``. A
+    quarter has the date of its first day. Raises ``Refused`` without statsmodels.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        value: str,
+        window: int,
+        horizon: int = 1,
+        features: Sequence[str] = (),
+        log: Sequence[str] = (),
+        scale_target: bool = True,
+        fractions: Sequence[float] = FRACTIONS,
+        until: str | int | None = None,
+        test_rows: int | None = None,
+        inputs: int | None = None,
+        outputs: int | None = None,
+        loss: str | None = None,
+    ) -> None:
+        try:
+            from statsmodels.datasets import macrodata
+        except ModuleNotFoundError:
+            raise Refused(
+                "the series comes with statsmodels, which is missing: "
+                "pip install 'ddptrain[forecast]'"
+            ) from None
+        table = macrodata.load_pandas().data
+        names = list(dict.fromkeys([value, *features]))
+        for name in names:
+            if name not in table:
+                raise Refused(f"macrodata has no column {name!r}{suggest(name, list(table))}")
+        check_log(log, names)
+        months = (table["year"] - 1970) * 12 + (table["quarter"] - 1) * 3
+        dates = months.to_numpy("int64").astype("datetime64[M]").astype("datetime64[s]")
+        values = {name: table[name].to_numpy("float64") for name in names}
+        columns = Columns("macrodata", dates, values, lambda row: f"row {row + 1}")
+        parts = Split(window, horizon, fractions, until, test_rows)
+        super().__init__(columns, split, parts, log, scale_target, inputs, outputs, loss)
 
 
 class Nothing(Dataset[Tensor]):

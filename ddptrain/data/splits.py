@@ -39,6 +39,16 @@ def split_indices(
     return Permutation(samples, derive(0, "split"))(np.arange(low, high))
 
 
+def ordered_ends(samples: int, fractions: Sequence[float] = FRACTIONS) -> tuple[int, int]:
+    """Where training and validation end if the splits follow each other, and the test is the rest.
+
+    Raises ``Refused`` if ``fractions`` are not three parts that add up to one.
+    """
+    _check_fractions(fractions)
+    training, known = (round(samples * math.fsum(fractions[:end])) for end in (1, 2))
+    return training, known
+
+
 def _check_fractions(fractions: Sequence[float]) -> None:
     are_numbers = isinstance(fractions, Sequence) and all(
         isinstance(part, int | float) and part >= 0 for part in fractions

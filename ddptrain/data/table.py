@@ -62,6 +62,7 @@ class Table(TensorDataset):
         inputs: int | None = None,
         outputs: int | None = None,
         classes: int | None = None,
+        loss: str | None = None,
     ) -> None:
         _check_choices(missing=missing, encoding=encoding)
         if standardise_target and not regression:
@@ -83,7 +84,7 @@ class Table(TensorDataset):
         self.class_names: list[str] = []
         self.scale: Standardised | None = None
         if regression:
-            check_regression(parts, target, outputs, classes)
+            check_regression(parts, target, outputs, classes, loss)
             self.scale = scale_of(parts, target) if standardise_target else None
             targets = number_targets(parts, target, self.scale)
         else:

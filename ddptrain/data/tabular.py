@@ -67,18 +67,21 @@ class TabularFile:
         numeric = self._arrow.compute.sum(matches).as_py() or 0
         return bool(2 * numeric < len(column) - column.null_count)
 
-    def numbers(self, name: str) -> Floats:
-        """A column as float64, shape (rows,). Raises ``Refused`` at what is no finite number."""
+    def numbers(self, name: str, remedy: str = "") -> Floats:
+        """A column as float64, shape (rows,). Raises ``Refused`` at what is no finite number.
+
+        ``remedy`` is what to do about that; by default what a table has options for.
+        """
         if (values := self._parsed(name)) is not None:
             return values
         compute, column = self._arrow.compute, self._typed(name)
         if self._is_string(column):
             matches = compute.match_substring_regex(column, NUMBER)
             if (first := compute.index(matches, False).as_py()) >= 0:
-                raise self._not_a_number(name, first, column[first].as_py())
+                raise self._not_a_number(name, first, column[first].as_py(), remedy)
         values = compute.cast(column, self._arrow.float64(), safe=False).to_numpy()
         first = int(np.flatnonzero(np.isinf(values))[0])
-        raise self._not_a_number(name, first, str(column[first].as_py()))
+        raise self._not_a_number(name, first, str(column[first].as_py()), remedy)
 
     def texts(self, name: str) -> Texts:
         """A column as str, shape (rows,); a whole number as "3", not "3.0"."""
@@ -177,11 +180,14 @@ class TabularFile:
             self._numbers[name] = values
         return self._numbers[name]
 
-    def _not_a_number(self, name: str, row: int, value: str) -> Refused:
-        return Refused(
-            f"{self.path}: {self.place(row)}: {value!r} in column {name!r}, which is of numbers; "
+    def _not_a_number(self, name: str, row: int, value: str, remedy: str) -> Refused:
+        of_tables = (
             f"correct it, or say that it is a missing value (missing_values: [{value}]), or that "
             f"the column is of categories (categorical: [{name}])"
+        )
+        return Refused(
+            f"{self.path}: {self.place(row)}: {value!r} in column {name!r}, which is of numbers; "
+            f"{remedy or of_tables}"
         )
 
 

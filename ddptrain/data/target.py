@@ -50,7 +50,9 @@ def class_targets(
     return torch.from_numpy(labels)
 
 
-def check_regression(parts: Parts, target: str, outputs: int | None, classes: int | None) -> None:
+def check_regression(
+    parts: Parts, target: str, outputs: int | None, classes: int | None, loss: str | None
+) -> None:
     """Refuse a task or a model that is made for classes. Raises ``Refused``."""
     where = f"{parts.mine.file.path}: target {target!r}"
     if classes is not None:
@@ -58,8 +60,12 @@ def check_regression(parts: Parts, target: str, outputs: int | None, classes: in
             f"{where}: regression=true, but task.classes={classes}; choose a task of regression, "
             "or set regression=false"
         )
-    if outputs is not None and outputs != 1:
-        raise Refused(f"{where}: it is one number, but the model has {outputs} outputs; give it 1")
+    expected = 2 if loss == "gaussian" else 1
+    if outputs is not None and outputs != expected:
+        of_it = "a mean and a variance" if loss == "gaussian" else "one number"
+        raise Refused(
+            f"{where}: it is {of_it}, but the model has {outputs} outputs; give it {expected}"
+        )
 
 
 def scale_of(parts: Parts, target: str) -> Standardised:

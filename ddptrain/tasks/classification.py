@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Name = Literal[
     "accuracy", "precision", "recall", "f1", "auroc", "average_precision", "calibration_error",
-    "confusion_matrix", "roc", "pr",
+    "confusion_matrix", "roc", "pr", "reliability",
 ]  # fmt: skip
 
 

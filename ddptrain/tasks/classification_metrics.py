@@ -14,49 +14,19 @@ from torchmetrics import classification as of
 from torchmetrics.functional.classification import (
     binary_auroc,
     binary_average_precision,
-    binary_calibration_error,
     binary_precision_recall_curve,
     binary_roc,
 )
 
+from ddptrain.tasks.calibration_metrics import CalibrationError, Reliability
 from ddptrain.tasks.pictures import Curves, Picture, draw_curves, draw_matrix
+from ddptrain.tasks.scores import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BINS = 15
 NAMED = 8
 """So many classes are named in a warning."""
-
-
-class Scores(Metric):
-    """Keeps the probabilities of a split, (N,) or (N, classes), and its labels, (N,).
-
-    Several that are updated with the same tensors keep them once.
-    """
-
-    scores: list[Tensor]
-    labels: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("scores", [], dist_reduce_fx="cat")
-        self.add_state("labels", [], dist_reduce_fx="cat")
-
-    def update(self, scores: Tensor, labels: Tensor) -> None:
-        self.scores.append(scores)
-        self.labels.append(labels)
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """The scores and labels of the split, in its order; on the CPU, which adds up in one."""
-        return torch.cat(self.scores).cpu(), torch.cat(self.labels).cpu()
-
-    def one_against_rest(self) -> list[tuple[Tensor, Tensor]]:
-        """Scores and yes or no for each class; for one alone if the scores are those of yes."""
-        scores, labels = self.whole()
-        if scores.ndim == 1:
-            return [(scores, labels.long())]
-        return [(scores[:, c], (labels == c).long()) for c in range(scores.shape[1])]
 
 
 def _classes(numbers: list[int]) -> str:
@@ -95,25 +65,6 @@ class AveragePrecision(Scores):
             for c, (score, yes) in enumerate(cases)
         ]
         return torch.stack(values).mean()
-
-
-class CalibrationError(Scores):
-    """The expected calibration error (Guo et al. 2017): Σ share of a bin × |accuracy - confidence|.
-
-    Of yes and no it is the probability of yes against how often it is yes, of several classes that
-    of the predicted one against how often it is right; in ``BINS`` bins of one width, [a, b), the
-    last with 1.
-    """
-
-    def compute(self) -> Tensor:
-        scores, labels = self.whole()
-        if scores.ndim == 2:
-            scores, predicted = scores.max(1)
-            labels = predicted == labels
-        below_one = 1 - torch.finfo(scores.dtype).eps  # or 1 would be in a bin of its own
-        return binary_calibration_error(
-            scores.clamp(max=below_one), labels.long(), n_bins=BINS, norm="l1", validate_args=False
-        )
 
 
 class ROC(Picture, Scores):
@@ -173,6 +124,7 @@ OF_SCORES: dict[str, Callable[[], Metric]] = {
     "calibration_error": CalibrationError,
     "roc": ROC,
     "pr": PrecisionRecall,
+    "reliability": Reliability,
 }
 
 

@@ -52,6 +52,26 @@ def draw_curves(axes: Axes, curves: Curves, x_label: str, y_label: str, corner: 
     axes.grid(alpha=0.3)
 
 
+def draw_reliability(axes: Axes, bins: Tensor) -> None:
+    """Accuracy against confidence of each bin (bins, 3), with its share of the samples as a bar."""
+    confidence, accuracy, share = bins.T.tolist()
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="as sure as right")
+    axes.bar(confidence, share, width=0.02, color="lightgrey", label="share of the samples")
+    axes.plot(confidence, accuracy, marker="o", linewidth=1.5)
+    axes.legend(loc="upper left", fontsize=8)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("how often it is so")
+    axes.grid(alpha=0.3)
+
+
+def draw_coverage(axes: Axes, shares: Tensor) -> None:
+    """The share of targets inside each interval against its level (levels, 2)."""
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="as said")
+    draw_curves(axes, [(shares[:, 0], shares[:, 1])], "level", "share inside", "lower right")
+
+
 def draw_matrix(axes: Axes, counts: Tensor) -> None:
     """Counts (true class, predicted class), coloured by their share of the true class."""
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()

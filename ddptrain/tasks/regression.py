@@ -1,7 +1,8 @@
-"""Regression: one number from each sample."""
+"""Regression: one number from each sample, and with a Gaussian loss how sure the model is of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -16,17 +17,22 @@ from ddptrain.tasks.task import Loss, Task
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Name = Literal["mae", "rmse", "r2"]
-LossName = Literal["squared", "absolute", "huber"]
+Name = Literal["mae", "rmse", "r2", "relative_mae", "coverage", "coverage_curve"]
+LossName = Literal["squared", "absolute", "huber", "gaussian"]
+OF_INTERVALS = ("coverage", "coverage_curve")
+EXPECTED = {1: "one number", 2: "a mean and the logarithm of a variance, (B, 2),"}
 
 
 class Regression(Task):
-    """A squared, absolute or Huber (1964) loss; a batch is (inputs, targets), targets (B,).
+    """A squared, absolute, Huber (1964) or Gaussian loss; a batch is (inputs, targets (B,)).
 
     The model gives (B,) or (B, 1). ``huber_delta`` is the error from which Huber's loss is no more
-    squared. ``metrics`` are names, or mappings of names to other torchmetrics; these are updated
-    with outputs and targets, float64, (B,). Raises ``Refused`` for a name that there is not, and
-    ``TrainingError`` for another number of outputs than targets.
+    squared. With ``loss="gaussian"`` the model gives (B, 2), a mean and the logarithm of a
+    variance; the loss is the negative logarithm of the density (Nix and Weigend, ICNN 1994).
+
+    ``metrics`` are names, or mappings of names to other torchmetrics; these are updated with
+    outputs (or means) and targets, float64, (B,). Raises ``Refused`` for a name that there is not,
+    or that another loss is needed for, and ``TrainingError`` for another number of outputs.
     """
 
     def __init__(
@@ -43,30 +49,43 @@ class Regression(Task):
         self.loss = loss
         self.huber_delta = huber_delta
         self.chosen = choose(metrics, get_args(Name))
+        self.of_intervals = [n for n in OF_INTERVALS if n in self.chosen and not self.chosen[n]]
+        if self.of_intervals and loss != "gaussian":
+            raise Refused(
+                f"metrics: {self.of_intervals[0]} needs a model that says how sure it is; set "
+                "loss=gaussian and give the model 2 outputs, or leave it out"
+            )
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Loss:
         return self._loss(*self._outputs(batch))
 
     def _outputs(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The model's outputs, at least in float32, and the targets, both (B,)."""
+        """The model's outputs, at least in float32, (B, 1) or (B, 2), and the targets, (B,)."""
         inputs, targets = batch
         outputs = self.model(inputs)
-        if not outputs.numel() == targets.numel() == len(targets):
+        count = 2 if self.loss == "gaussian" else 1
+        fits = outputs.numel() == count * len(targets) and (count == 1 or outputs.ndim == 2)
+        if not fits or targets.numel() != len(targets):
             raise TrainingError(
                 f"task: the model gives {tuple(outputs.shape)} for targets of shape "
-                f"{tuple(targets.shape)}; one number for each sample is expected"
+                f"{tuple(targets.shape)}; {EXPECTED[count]} for each sample is expected"
             )
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        return outputs.flatten(), targets.flatten()
+        return outputs.view(len(targets), count), targets.flatten()
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Loss:
-        targets = targets.to(outputs.dtype)
+        targets, means = targets.to(outputs.dtype), outputs[:, 0]
         if self.loss == "squared":
-            total = functional.mse_loss(outputs, targets, reduction="sum")
+            total = functional.mse_loss(means, targets, reduction="sum")
         elif self.loss == "absolute":
-            total = functional.l1_loss(outputs, targets, reduction="sum")
+            total = functional.l1_loss(means, targets, reduction="sum")
+        elif self.loss == "huber":
+            total = functional.huber_loss(means, targets, "sum", self.huber_delta)
         else:
-            total = functional.huber_loss(outputs, targets, "sum", self.huber_delta)
+            # torch's gaussian_nll_loss looks whether a variance is below 0: a GPU has to wait.
+            log_variances = outputs[:, 1]
+            squares = (targets - means).square() * torch.exp(-log_variances)
+            total = (squares + log_variances + math.log(2 * math.pi)).sum() / 2
         return Loss(total, len(targets))
 
     def metrics(self) -> dict[str, Metric]:
@@ -78,5 +97,9 @@ class Regression(Task):
         outputs, targets = self._outputs(batch)
         self.update_loss(metrics, self._loss(outputs, targets))
         outputs, targets = outputs.double(), targets.double()
+        means, deviations = outputs[:, 0], torch.exp(outputs[:, -1] / 2)
         for name in self.chosen:
-            metrics[name].update(outputs, targets)
+            if name in self.of_intervals:
+                metrics[name].update(means, deviations, targets)
+            else:
+                metrics[name].update(means, targets)
