@@ -69,8 +69,19 @@ def write_reviews(folder: Path) -> None:
             (folder / "reviews" / kind / f"{number}.txt").write_text(" ".join(words))
 
 
+def write_sales(folder: Path) -> None:
+    """120 months of a number that grows, and moves with the season."""
+    draw = random.Random(0)
+    rows = ["month,sold"]
+    for number in range(120):
+        sold = 1000 + 5 * number + 100 * (number % 12 == 11) + draw.gauss(0, 10)
+        rows.append(f"{2010 + number // 12}-{number % 12 + 1:02},{sold:.0f}")
+    (folder / "sales.csv").write_text("\n".join(rows) + "\n")
+
+
 WRITERS = {
     "table": write_penguins,
+    "series": write_sales,
     "images": write_photos,
     "text": write_notes,
     "text_folder": write_reviews,

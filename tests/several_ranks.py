@@ -159,6 +159,10 @@ EXACT = {
     ],
     "restarts": ["experiment=ragged", "restarts=3", "train.grad_clip.max_norm=0.1"],
     "restarts, in turn": ["experiment=ragged", "restarts=2", "model.batch_norm=true"],
+    "gaussian": [
+        *("experiment=diabetes", "data.val=null", "data.test=null", "eval.every_steps=null"),
+        "checkpoint.keep_best=0",
+    ],
     "averages": ["experiment=ragged", "train.average.kind=ema", "train.average.start=1"],
     "muon": [*LANGUAGE_MODEL, "optim=muon", "optim.layer_decay=0.5"],
     "lbfgs": [

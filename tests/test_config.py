@@ -26,7 +26,10 @@ from ddptrain.rules import check_world_size
 
 DIGITS = "experiment=digits"
 Plain = dict[str, Any]
-EXPERIMENTS = ["breast_cancer", "digits", "logistic_regression", "rosenbrock", "stdlib_lm"]
+EXPERIMENTS = [
+    *("breast_cancer", "diabetes", "digits", "forecast", "logistic_regression", "rosenbrock"),
+    "stdlib_lm",
+]
 BUILT_IN = PACKAGE.parent / "conf"
 OWN_EXPERIMENT = """\
 # @package _global_
@@ -135,7 +138,10 @@ def test_a_typo_anywhere_in_the_tree_is_told(plain: Plain, key: str, told: str) 
     [
         ("experiment=digit", "experiment=digit: no such option; did you mean digits?"),
         ("optim=rmsprob", "optim=rmsprob: no such option; did you mean rmsprop?"),
-        ("data=nope", "data=nope: no such option; there is breast_cancer, digits, images, nothing"),
+        (
+            "data=nope",
+            "data=nope: no such option; there is breast_cancer, diabetes, digits, images",
+        ),
         ("schedule=cosin", "schedule=cosin: no such option; did you mean cosine?"),
         ("task=clasification", "did you mean classification?"),
     ],

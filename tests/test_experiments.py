@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import TORCHRUN, read_result, run
+from launching import TORCHRUN, read_result, run, train
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,21 @@ def test_experiment_reaches_its_target(
     finished = run(command, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert read_result(tmp_path / "run")["metrics"][metric] >= target
+
+
+@pytest.mark.parametrize(
+    ("experiment", "within"),
+    [
+        ("forecast", {"relative_mae": (0, 0.8)}),
+        ("diabetes", {"r2": (0.42, 1), "coverage": (0.83, 0.97)}),
+    ],
+)
+def test_a_small_experiment_reaches_its_targets_on_one_rank(
+    tmp_path: Path, experiment: str, within: dict[str, tuple[float, float]]
+) -> None:
+    metrics = train(tmp_path / "run", 1, f"experiment={experiment}", folder=tmp_path)["metrics"]
+    for name, (low, high) in within.items():
+        assert low <= metrics[f"test/{name}"] <= high, name
 
 
 def test_language_model_learns_and_writes(tmp_path: Path) -> None:
