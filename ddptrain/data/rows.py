@@ -141,6 +141,17 @@ def _rows_of(
         if not rows.size:
             raise no_samples(file.path, split, fractions, f"{file.length} rows")
         return rows
+    rows = np.flatnonzero(said_splits(file, split_column) == split)
+    if not rows.size:
+        raise Refused(
+            f"{file.path}: no row has {split!r} in column {split_column!r}; set data.{split}=null "
+            "if there is no such split"
+        )
+    return rows
+
+
+def said_splits(file: TabularFile, split_column: str) -> Texts:
+    """The split that a column names for each row. Raises ``Refused`` at what is none."""
     file.check_column(split_column, "split_column")
     said = file.texts(split_column)
     for row in np.flatnonzero(~np.isin(said, np.array(SPLITS, dtype=object))):
@@ -148,13 +159,7 @@ def _rows_of(
             f"{file.path}: {file.place(int(row))}: {said[row]!r} in column {split_column!r} "
             f"is no split{suggest(said[row], list(SPLITS))}"
         )
-    rows = np.flatnonzero(said == split)
-    if not rows.size:
-        raise Refused(
-            f"{file.path}: no row has {split!r} in column {split_column!r}; set data.{split}=null "
-            "if there is no such split"
-        )
-    return rows
+    return said
 
 
 def _is_missing(values: Values) -> npt.NDArray[np.bool_]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from ddptrain.data.library import source_files
 from ddptrain.data.series import check_log
 from ddptrain.data.splits import FRACTIONS, split_indices
 from ddptrain.data.texts import Windows, joined
@@ -138,17 +138,7 @@ class StandardLibrary(Windows):
         root = Path(sysconfig.get_paths()["stdlib"])
         mine = [
             root / name
-            for name in _source_files(root)
+            for name in source_files(root)
             if (derive(0, f"file/{name}") % 50 == 0) == (split == "val")
         ]
         super().__init__(joined(mine), context)
-
-
-def _source_files(root: Path) -> list[str]:
-    """Python files below ``root`` in name order, without those of installed packages."""
-    names = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if name not in ("site-packages", "__pycache__")]
-        here = Path(folder).relative_to(root)
-        names += [(here / name).as_posix() for name in files if name.endswith(".py")]
-    return sorted(names)

@@ -3,6 +3,7 @@
 from ddptrain.tasks.classification import BinaryClassification, Classification
 from ddptrain.tasks.language_model import LanguageModel
 from ddptrain.tasks.objective import Objective
+from ddptrain.tasks.recommendation import Recommendation
 from ddptrain.tasks.regression import Regression
 from ddptrain.tasks.task import Batch, Loss, Task
 
@@ -13,6 +14,7 @@ __all__ = [
     "LanguageModel",
     "Loss",
     "Objective",
+    "Recommendation",
     "Regression",
     "Task",
 ]
