@@ -79,7 +79,18 @@ def write_sales(folder: Path) -> None:
     (folder / "sales.csv").write_text("\n".join(rows) + "\n")
 
 
+def write_ratings(folder: Path) -> None:
+    """30 people, each with 5 of 12 films, those of an even number or of an odd one."""
+    draw = random.Random(0)
+    rows = ["person,film,stars"]
+    for person in range(30):
+        films = draw.sample(range(person % 2, 12, 2), 5)
+        rows += [f"{person},film{film},{draw.randint(1, 5)}" for film in films]
+    (folder / "ratings.csv").write_text("\n".join(rows) + "\n")
+
+
 WRITERS = {
+    "interactions": write_ratings,
     "table": write_penguins,
     "series": write_sales,
     "images": write_photos,

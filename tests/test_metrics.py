@@ -48,7 +48,13 @@ from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.run_directory import open_directory
-from ddptrain.tasks import BinaryClassification, Classification, LanguageModel, Regression
+from ddptrain.tasks import (
+    BinaryClassification,
+    Classification,
+    LanguageModel,
+    Recommendation,
+    Regression,
+)
 from ddptrain.tasks.calibration_metrics import Reliability
 from ddptrain.tasks.classification_metrics import ROC, MulticlassConfusionMatrix
 from ddptrain.tasks.regression_metrics import CoverageCurve
@@ -329,6 +335,7 @@ def test_a_name_that_there_is_not_is_refused(overrides: list[str], line: str) ->
         ("binary", BinaryClassification(nn.Identity())),
         ("regression", Regression(nn.Identity())),
         ("language_model", LanguageModel(nn.Identity())),
+        ("recommendation", Recommendation(nn.Identity())),
     ],
 )
 def test_a_tasks_file_says_the_defaults_of_its_class(name: str, task: Any) -> None:

@@ -128,7 +128,7 @@ PACKAGES = [
     *("torch.optim.optimizer.functools.partial", "torch.nn.parallel.distributed.dist.new_group"),
     *("ddptrain.files.replace_text", "ddptrain.cli.main", "ddptrain.launch.agent.start_ranks"),
     *("ddptrain.data.texts.glob.glob", "ddptrain.data.tabular.TabularFile"),
-    *("ddptrain.data.sets.os.walk", "ddptrain.optim.build.build_optimizer", "ddptrain.Trainer"),
+    *("ddptrain.data.library.os.walk", "ddptrain.optim.build.build_optimizer", "ddptrain.Trainer"),
 ]
 OWN = [
     "loose.deep.trap.os.system",
@@ -261,7 +261,12 @@ NAMED = [
     *("random.Random", "ddptrain.Task", "ddptrain.tasks.Classification", "ddptrain.models.GPT"),
     *("ddptrain.data.Table", "ddptrain.data.table.Table", "ddptrain.data.ImageFolder"),
     *("ddptrain.data.TextFiles", "ddptrain.data.TextFolder", "ddptrain.models.TextClassifier"),
-    *("ddptrain.data.sets.Digits", "ddptrain.data.sets.TensorDataset"),
+    *(
+        "ddptrain.data.sets.Digits",
+        "ddptrain.data.sets.TensorDataset",
+        "ddptrain.data.Interactions",
+    ),
+    *("ddptrain.data.library.StandardLibraryFunctions", "ddptrain.models.TwoTower"),
     *("ddptrain.optim.schedules.Cosine", "mine.Net", "mine.Relu", "mine.Head", "mine.build.Part"),
     *("mine.build.part", "mine.build.Part.make", "mine.build.ready", "mine.build.Pair"),
     *("mine.build.cached", "mine.build.half"),

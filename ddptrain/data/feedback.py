@@ -68,8 +68,9 @@ class Feedback(Dataset[dict[str, Tensor]]):
         mine = np.flatnonzero(observed.roles == role)
         if not mine.size:
             raise Refused(
-                f"{where}: split {split} comes out empty; a user needs three items for one of them "
-                f"to be held out in val and one in test; or set data.{split}=null"
+                f"{where}: split {split} comes out empty, for a user needs three items for one of "
+                f"them to be held out in val and one in test; take more rows, or set data.{split}="
+                "null"
             )
         shown = [TRAIN, GIVEN, VAL] if role == TEST else [TRAIN, GIVEN]
         self.user_names, self.item_names = observed.user_names, observed.item_names
@@ -129,8 +130,9 @@ class Feedback(Dataset[dict[str, Tensor]]):
         counts = np.bincount(self._known.users)
         if counts.max() == len(self.item_names):
             raise Refused(
-                f"{where}: user {self.user_names[int(counts.argmax())]!r} has every item, which leaves "
-                "none to draw as a negative; take that user out, or set data.train.negatives=null"
+                f"{where}: user {self.user_names[int(counts.argmax())]!r} has every item, which "
+                "leaves none to draw as a negative; take that user out, or set "
+                "data.train.negatives=null"
             )
 
 

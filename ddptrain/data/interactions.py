@@ -112,18 +112,15 @@ def _said_roles(file: TabularFile, split_column: str, pairs: _Pairs) -> Indices:
         "is in another split than a row of the same user and item",
     )
     trained = roles == TRAIN
-    for what, numbers in (("user", pairs.users), ("item", pairs.items)):
+    for what, numbers in (("a user", pairs.users), ("an item", pairs.items)):
         unknown = ~np.isin(numbers, numbers[trained])
-        _refuse_rows(file, unknown[pairs.of_rows], f"is of {_a(what)} that no row of train has")
+        _refuse_rows(file, unknown[pairs.of_rows], f"is of {what} that no row of train has")
     return roles
-
-
-def _a(what: str) -> str:
-    return f"an {what}" if what[0] in "aeio" else f"a {what}"
 
 
 def _refuse_rows(file: TabularFile, at_fault: npt.NDArray[np.bool_], why: str) -> None:
     rows = np.flatnonzero(at_fault)
     if rows.size:
-        more = f", and so are {rows.size - 1} more rows" if rows.size > 1 else ""
-        raise Refused(f"{file.path}: {file.place(int(rows[0]))} {why}{more}; correct or remove it")
+        more = f" (and {rows.size - 1} more)" if rows.size > 1 else ""
+        place = file.place(int(rows[0]))
+        raise Refused(f"{file.path}: {place}{more} {why}; correct it, or take it out")

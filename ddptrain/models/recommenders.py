@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,9 +20,8 @@ class Items(nn.Module):
     def __init__(self, items: int, width: int) -> None:
         super().__init__()
         self.vectors = nn.Embedding(items, width)
-        self.biases = nn.Embedding(items, 1)
+        self.biases = nn.Parameter(torch.zeros(items))
         nn.init.normal_(self.vectors.weight, std=width**-0.5)
-        nn.init.zeros_(self.biases.weight)
 
     def score(self, users: Tensor, vectors: Tensor, candidates: Tensor | None) -> Tensor:
         """Of users, (B, width), and vectors of all items, (items, width), the products plus biases.
@@ -29,10 +29,10 @@ class Items(nn.Module):
         (B, items), or of ``candidates``, (B, C), those alone: (B, C).
         """
         if candidates is None:
-            return users @ vectors.T + self.biases.weight.T
+            return users @ vectors.T + self.biases
         chosen = functional.embedding(candidates, vectors)
-        products: Tensor = chosen @ users.unsqueeze(2)
-        return (products + self.biases(candidates)).squeeze(2)
+        biases = functional.embedding(candidates, self.biases.unsqueeze(1))
+        return (chosen @ users.unsqueeze(2) + biases).squeeze(2)
 
 
 class MatrixFactorisation(nn.Module):

@@ -57,16 +57,24 @@ class Recommendation(Task):
         self.chosen = choose(metrics, get_args(Name))
 
     def forward(self, batch: Samples) -> Loss:
+        if "relevant" in batch:
+            return self._of_held_out(self.model(batch["user"], batch["known"]), batch)
         user, known, item = batch["user"], batch["known"], batch["item"].unsqueeze(1)
         if "negatives" in batch:
-            candidates = torch.cat([item, batch["negatives"]], dim=1)
-            scores = self.model(user, known, candidates)
+            scores = self.model(user, known, torch.cat([item, batch["negatives"]], dim=1))
             losses = self._losses(scores[:, 0], scores[:, 1:])
         else:
             scores = self.model(user, known)
             others = scores.masked_fill(known.scatter(1, item, value=True), -torch.inf)
             losses = self._losses(scores.gather(1, item).squeeze(1), others)
         return Loss((losses * batch["weight"]).sum(), len(losses))
+
+    def _of_held_out(self, scores: Tensor, batch: Samples) -> Loss:
+        """Of ``scores``, (B, items), each relevant item among all neither relevant nor known."""
+        relevant = batch["relevant"]
+        others = scores.masked_fill(batch["known"] | relevant, -torch.inf)
+        losses = self._losses(scores[relevant], others[relevant.nonzero()[:, 0]])
+        return Loss(losses.sum(), len(losses))
 
     def _losses(self, scores: Tensor, others: Tensor) -> Tensor:
         """Of items with ``scores`` (P,) among ``others`` (P, N), of which -∞ is none; (P,)."""
@@ -87,9 +95,7 @@ class Recommendation(Task):
     def update(self, metrics: dict[str, Metric], batch: Samples) -> None:
         user, known, relevant = batch["user"], batch["known"], batch["relevant"]
         scores = self.model(user, known).float()
-        negatives = scores.masked_fill(known | relevant, -torch.inf)
-        losses = self._losses(scores[relevant], negatives[relevant.nonzero()[:, 0]])
-        self.update_loss(metrics, Loss(losses.sum(), len(losses)))
+        self.update_loss(metrics, self._of_held_out(scores, batch))
         is_answer = ~known
         users = user.unsqueeze(1).expand_as(known)[is_answer]
         # The same tensors for each metric, which are then gathered from the ranks once.
