@@ -66,7 +66,7 @@ def library_functions() -> tuple[tuple[str, str], ...]:
         for function in _outer_functions(ast.parse(source)):
             text = textwrap.dedent(_lines_of(source, function))
             if len(text.encode()) >= SHORTEST:
-                kinds = found.setdefault(_without_names(function), [])
+                kinds = found.setdefault(names.sub("_", _without_names(function)), [])
                 kinds.append((package, names.sub("_", text)))
     alike = (kinds for kinds in found.values() if len({package for package, _ in kinds}) == 1)
     return tuple(kinds[0] for kinds in alike)
