@@ -70,9 +70,9 @@ def build_task(config: Config, device: torch.device) -> Task:
 def _build_one(config: Config, device: torch.device, number: int) -> Task:
     """Build the task of one of the restarts; the first has the weights of a run without others."""
     key_generators(derive(config.seed, "weights", *([number] if number else [])), device)
-    model = (
-        {} if config.model is None else {"model": build_part("model", instantiate, config.model)}
-    )
+    model = {}
+    if config.model is not None:
+        model["model"] = build_part("model", instantiate, config.model, _convert_="all")
     task = build_part("task", instantiate, config.task, _convert_="all", **model)
     if not isinstance(task, Task):
         raise Refused(f"task: {type(task).__name__} is no ddptrain.Task; derive it from that class")

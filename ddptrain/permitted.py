@@ -38,10 +38,11 @@ PYTHON = {
 ONLY = {
     **PYTHON,
     "ddptrain": _words(
-        "Loss Task data.ImageFolder data.Interactions data.Series data.Table data.TextFiles "
-        "data.TextFolder data.images.ImageFolder data.interactions.Interactions "
-        "data.library.StandardLibraryFunctions data.library_imports.StandardLibraryImports "
-        "data.series.Series data.sets data.table.Table data.texts.TextFiles data.texts.TextFolder "
+        "Loss Task data.HuggingFace data.ImageFolder data.Interactions data.Series data.Table "
+        "data.TextFiles data.TextFolder data.huggingface.HuggingFace data.images.ImageFolder "
+        "data.interactions.Interactions data.library.StandardLibraryFunctions "
+        "data.library_imports.StandardLibraryImports data.series.Series data.sets "
+        "data.table.Table data.texts.TextFiles data.texts.TextFolder "
         "models optim.muon optim.patience optim.schedules tasks"
     ),
     "numpy": _words(

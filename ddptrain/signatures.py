@@ -24,6 +24,8 @@ HARMLESS_BASES = {"object", "Generic", "Protocol", "ABC"}
 NO_TEXT = {"None", "int", "float", "complex", "bool", "bytes", "dict", "Mapping", "Callable"}
 MADE_OF = {"Optional", "Union", "Sequence", "Iterable", "list", "tuple", "set"}
 """What an annotation may put around those of the texts themselves."""
+EXTRAS = {"transformers": "huggingface", "datasets": "huggingface"}
+"""Packages that come with an extra of ddptrain's."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,12 @@ def read_signature(target: str) -> Signature | None:
     """The signature of a dotted name, or None if unsure. Raises ``Absent``."""
     module, file, rest = locate(target)
     if module is None:
+        root = target.partition(".")[0]
+        remedy = "go to the one that it is in"
+        if root in EXTRAS:
+            remedy = f"pip install 'ddptrain[{EXTRAS[root]}]'"
         raise Absent(
-            f"no module {target.partition('.')[0]!r} for {target!r}, neither installed nor in this "
-            "folder; go to the one that it is in"
+            f"no module {root!r} for {target!r}, neither installed nor in this folder; {remedy}"
         )
     if file is None:
         return None

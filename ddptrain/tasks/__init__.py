@@ -6,6 +6,7 @@ from ddptrain.tasks.objective import Objective
 from ddptrain.tasks.recommendation import Recommendation
 from ddptrain.tasks.regression import Regression
 from ddptrain.tasks.task import Batch, Loss, Task
+from ddptrain.tasks.transformer_models import Transformers
 
 __all__ = [
     "Batch",
@@ -17,4 +18,5 @@ __all__ = [
     "Recommendation",
     "Regression",
     "Task",
+    "Transformers",
 ]

@@ -1,0 +1,205 @@
+"""Models of the library transformers: a batch is the arguments of their forward, and `labels`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddptrain.errors import Refused, TrainingError
+from ddptrain.nearest import suggest
+from ddptrain.tasks import classification, regression
+from ddptrain.tasks.metrics import choose, make
+from ddptrain.tasks.task import Loss, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+Predicted = Literal["class", "number", "next_token", "token"]
+OfTokens = Literal["perplexity", "bits_per_token", "accuracy"]
+Name = Literal[
+    "perplexity", "bits_per_token", "mae", "rmse", "r2",
+    "accuracy", "precision", "recall", "f1", "auroc", "average_precision", "calibration_error",
+    "confusion_matrix", "roc", "pr",
+]  # fmt: skip
+KNOWN: dict[str, tuple[str, ...]] = {
+    "class": get_args(classification.Name),
+    "number": get_args(regression.Name),
+    "next_token": get_args(OfTokens),
+    "token": get_args(OfTokens),
+}
+USUAL = {
+    "class": ("accuracy", "f1"),
+    "number": get_args(regression.Name),
+    "next_token": ("perplexity", "bits_per_token"),
+    "token": ("perplexity", "accuracy"),
+}
+HEADS = {
+    "ForSequenceClassification": "class",
+    "ForImageClassification": "class",
+    "ForAudioClassification": "class",
+    "ForCausalLM": "next_token",
+    "LMHeadModel": "next_token",
+    "ForMaskedLM": "token",
+    "ForTokenClassification": "token",
+}
+"""How the names of classes end that transformers makes for these."""
+IGNORED = -100
+"""A label that is none, as transformers has it."""
+
+
+class Transformers(Task):
+    """What a model of transformers predicts: its loss by its logits, as a sum and a count.
+
+    A batch is a mapping of tensors: arguments of the model's forward, and ``labels``. ``predicts``
+    is what the labels are; None goes by the name of the model's class:
+
+    - ``class``: int64, (B,), for logits (B, classes); each sample counts once;
+    - ``number``: float, (B,), for logits (B, 1): squared errors;
+    - ``next_token``: int64, (B, T), for logits (B, T, vocabulary) of the tokens one place before
+      each; without ``labels`` they are ``input_ids`` where ``attention_mask`` is 1;
+    - ``token``: int64, (B, T), for logits (B, T, classes) at the same place.
+
+    Labels of −100 do not count. The model's own ``loss`` is not used: it is a mean over a
+    micro-batch, whose weight depends on how many tokens that happens to have.
+
+    ``metrics`` are names, or mappings of names to other torchmetrics; these are updated with
+    probabilities and labels of classes, with outputs and targets, float64, (B,), of numbers, and
+    with logits, (N, vocabulary), and labels, (N,), of the N tokens that count. Raises ``Refused``
+    for a name that there is not, for a model whose class does not tell what it predicts, and for
+    an entry of the model's config that no such config has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        predicts: Predicted | None = None,
+        metrics: Sequence[Name | Mapping[str, Metric]] | None = None,
+    ) -> None:
+        super().__init__()
+        config = getattr(model, "config", None)
+        _check_config(config)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]  # only generating reads it
+        self.model = model
+        self.classes = int(getattr(config, "num_labels", 2))
+        self.predicts = predicts or _predicted_by(model, self.classes)
+        if self.predicts not in KNOWN:
+            raise Refused(f"predicts: expected one of {', '.join(KNOWN)}, got {predicts!r}")
+        chosen = USUAL[self.predicts] if metrics is None else metrics
+        self.chosen = choose(chosen, KNOWN[self.predicts])
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Loss:
+        return self._loss(*self._outputs(batch))
+
+    def _outputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and labels that belong together, (N, classes) and (N,), or (B,) and (B,)."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        labels = batch["labels"] if "labels" in batch else self._of_inputs(inputs)
+        logits = getattr(self.model(**inputs), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TrainingError(
+                f"task: {type(self.model).__name__} gives no logits; take a class with a head, "
+                "such as transformers.BertForSequenceClassification"
+            )
+        if self.predicts == "number":
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).squeeze(-1)
+        elif self.predicts == "next_token":
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        elif self.predicts == "token":
+            logits, labels = logits.flatten(0, 1), labels.flatten()
+        if logits.shape[: labels.dim()] != labels.shape:
+            raise TrainingError(
+                f"task: logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)} for "
+                f"task.predicts={self.predicts}; choose another, or give other labels"
+            )
+        return logits, labels
+
+    def _of_inputs(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Of a language model the text itself, but for what fills it up."""
+        if self.predicts != "next_token" or "input_ids" not in inputs:
+            raise TrainingError(
+                f"task: the batch has {', '.join(inputs)} and no labels, which "
+                f"task.predicts={self.predicts} needs; see that the data set gives some"
+            )
+        tokens = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        return tokens if mask is None else tokens.masked_fill(mask == 0, IGNORED)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Loss:
+        if self.predicts == "number":
+            total = functional.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
+            return Loss(total, len(labels))
+        total = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        if self.predicts == "class":
+            return Loss(total, len(labels))
+        return Loss(total, (labels != IGNORED).sum())
+
+    def metrics(self) -> dict[str, Metric]:
+        return super().metrics() | make(self.chosen, self._make_metric)
+
+    def _make_metric(self, name: str) -> Metric:
+        from ddptrain.tasks.mean import BitsPerByte, Mean, Perplexity
+
+        if self.predicts == "class":
+            from ddptrain.tasks.classification_metrics import multiclass
+
+            return multiclass(name, self.classes)
+        if self.predicts == "number":
+            from ddptrain.tasks.regression_metrics import regression
+
+            return regression(name)
+        kinds = {"perplexity": Perplexity, "bits_per_token": BitsPerByte, "accuracy": Mean}
+        return kinds[name]()
+
+    def update(self, metrics: dict[str, Metric], batch: Mapping[str, Tensor]) -> None:
+        logits, labels = self._outputs(batch)
+        loss = self._loss(logits, labels)
+        self.update_loss(metrics, loss)
+        if self.predicts == "class":
+            given = logits.double().softmax(-1), labels
+        elif self.predicts == "number":
+            given = logits.double(), labels.double()
+        else:
+            counts = labels != IGNORED
+            given = logits[counts], labels[counts]
+        of_tokens = self.predicts in ("next_token", "token")
+        for name, own in self.chosen.items():
+            if own is not None or not of_tokens:
+                metrics[name].update(*given)
+            elif name == "accuracy":
+                metrics[name].update((given[0].argmax(-1) == given[1]).sum(), loss.count)
+            else:
+                metrics[name].update(loss.sum, loss.count)
+
+
+def _predicted_by(model: nn.Module, classes: int) -> str:
+    name = type(model).__name__
+    found = next((kind for ending, kind in HEADS.items() if name.endswith(ending)), None)
+    if found is None:
+        raise Refused(
+            f"predicts: the name of {name} does not tell what it predicts; set task.predicts to "
+            f"one of {', '.join(KNOWN)}, or take a class whose name ends in one of "
+            f"{', '.join(HEADS)}"
+        )
+    return "number" if found == "class" and classes == 1 else found
+
+
+def _check_config(config: Any) -> None:
+    """Refuse what a config of transformers, which takes any name, would keep and nobody read."""
+    if not hasattr(config, "model_type"):
+        return
+    kind = type(config)
+    try:
+        usual = kind()
+    except Exception:  # some cannot be made without configs of their parts
+        return
+    known = [name for name in vars(usual) if not name.startswith("_")]
+    known += ["num_labels", *getattr(kind, "attribute_map", {})]
+    for name in sorted(set(vars(config)) - set(vars(usual)) - set(known)):
+        hint = suggest(name, known)
+        hint = hint if "did you mean" in hint else ""
+        raise Refused(f"unknown key model.config.{name}: {kind.__name__} has no such entry{hint}")

@@ -1,0 +1,393 @@
+"""Models of transformers and data of datasets, real ones, from a config alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_ranks import hashes
+from launching import TORCHRUN, run
+from torch.nn import functional
+
+from ddptrain import signatures
+from ddptrain.build import build_source, build_task, build_trainer
+from ddptrain.compose import compose
+from ddptrain.data import HuggingFace
+from ddptrain.data.fetch import Fetcher
+from ddptrain.data.packages import import_package
+from ddptrain.errors import Refused, TrainingError
+from ddptrain.launch.worker import TIMEOUT
+from ddptrain.observe.phases import Phases
+from ddptrain.parallel.ranks import Ranks
+from ddptrain.place import Place
+from ddptrain.run_directory import RunDirectory
+from ddptrain.tasks import Transformers
+
+CPU = torch.device("cpu")
+GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+SECTION = re.search(r"^## Hugging Face models and data\n(.*?)^## ", GUIDE, re.DOTALL | re.MULTILINE)
+assert SECTION is not None
+EXAMPLES = dict(
+    zip(("reviews", "notes"), re.findall(r"```yaml\n(.*?)```", SECTION[1], re.DOTALL), strict=True)
+)
+WORDS = ("one", "two", "three")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder of a user's: the guide's two experiments and what they read, and its own cache."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "conf" / "experiment").mkdir(parents=True)
+    for name, text in EXAMPLES.items():
+        assert len(text.splitlines()) < 15
+        (folder / "conf" / "experiment" / f"{name}.yaml").write_text(text)
+    draw = random.Random(0)
+    rows = ["review,opinion,stars"]
+    for _ in range(200):
+        kind = draw.randrange(2)
+        words = [("poor", "fine")[kind], *draw.choices(["film", "plot", "end"], k=4)]
+        draw.shuffle(words)
+        rows.append(f"{' '.join(words)},{('bad', 'good')[kind]},{kind + draw.randrange(4)}")
+    (folder / "reviews.csv").write_text("\n".join(rows) + "\n")
+    (folder / "notes").mkdir()
+    for name in ("b", "a"):
+        lines = [" ".join(draw.choices(WORDS, k=12)) for _ in range(100)]
+        (folder / "notes" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def only_here(of: socket.socket, address: object) -> None:
+        assert of.family == socket.AF_UNIX, f"somebody wanted to reach {address}"
+        connect(of, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", only_here)
+
+
+def evaluated(folder: Path, *overrides: str) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics of val before and after training, on one rank."""
+    config = compose([*overrides, "log.tensorboard=false"])
+    ranks = Ranks(Place(), CPU, TIMEOUT)
+    made = build_trainer(config, ranks, RunDirectory(folder), Phases())
+    before = made.evaluations["val"].run()
+    made.task.train()
+    batches = made.fetcher.steps(0, made.total_steps, 0, 1)
+    for step in range(made.total_steps):
+        made.step(step, batches)
+    after = made.evaluations["val"].run()
+    ranks.leave()
+    return before, after
+
+
+def test_a_bert_classifier_learns(tmp_path: Path) -> None:
+    """One word in five tells the class, so no average of the others would do."""
+    short = ["train.max_epochs=8", "data.train.length=32", "optim.lr=0.003"]
+    short += ["model.config.num_hidden_layers=1", "train.micro_batch_size=32"]
+    before, after = evaluated(tmp_path, "experiment=reviews", *short)
+    assert before["accuracy"] < 0.8
+    assert after["accuracy"] > 0.95
+
+
+def test_a_gpt2_lowers_the_loss(tmp_path: Path) -> None:
+    """From all tokens alike to below what counting letters would reach."""
+    short = ["train.max_steps=40", "optim.lr=0.01", "model.config.n_layer=1"]
+    before, after = evaluated(tmp_path, "experiment=notes", *short)
+    assert before["bits_per_token"] == pytest.approx(8, abs=0.3)
+    assert after["bits_per_token"] < 2.2
+
+
+def test_two_ranks_and_a_resume_give_the_same_bits(tmp_path: Path, folder: Path) -> None:
+    """With dropout, and with ranks that fill an empty cache at the same time."""
+    script = Path(__file__).with_name("huggingface_ranks.py")
+    file = tmp_path / "found.json"
+    cache = tmp_path / "cache"
+    command = [
+        *("env", f"HF_DATASETS_CACHE={cache}", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"),
+        *(*TORCHRUN, "2", str(script), str(file)),
+    ]
+    finished = run(command, folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "examples/s" not in finished.stderr
+    found = json.loads(file.read_text())
+    ranks = Ranks(Place(), CPU, TIMEOUT)
+    alone = hashes(ranks, tmp_path)
+    ranks.leave()
+    for name, (whole, resumed) in alone.items():
+        assert found[name] == [whole, whole], name
+        assert resumed == whole
+    assert alone["reviews"] != alone["notes"]
+    assert (cache / "csv").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "found.json"]
+
+
+@pytest.mark.parametrize("name", ["reviews", "notes"])
+def test_the_seed_decides_the_weights_and_two_micro_batches_make_one(name: str) -> None:
+    config = compose([f"experiment={name}", "model.config.num_hidden_layers=1"])
+    tasks = [build_task(config, CPU) for _ in range(2)]
+    config.seed = 1
+    other = build_task(config, CPU)
+    one, two, three = (torch.cat([p.flatten() for p in t.parameters()]) for t in (*tasks, other))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+    batch = build_source(config, "train").dataset.__getitems__(range(4))
+    task = tasks[0].eval()
+    whole, halves = task(batch), [task({k: v[s] for k, v in batch.items()}) for s in HALVES]
+    assert whole.sum.item() == pytest.approx(sum(h.sum.item() for h in halves), rel=1e-5)
+    assert int(whole.count) == sum(int(h.count) for h in halves)
+
+
+HALVES = (slice(0, 1), slice(1, 4))
+
+
+def test_the_loss_is_the_models_own_where_all_tokens_count_alike() -> None:
+    """Of one micro-batch the sum ÷ count is transformers' mean, with labels shifted and masked."""
+    task = build_task(compose(["experiment=notes"]), CPU).eval()
+    tokens = torch.randint(0, 258, (3, 20))
+    mask = torch.arange(20).expand(3, 20) < torch.tensor([[20], [7], [1]])
+    labels = tokens.masked_fill(~mask, -100)
+    own = task.model(input_ids=tokens, attention_mask=mask.long(), labels=labels).loss
+    for batch in ({"labels": labels}, {}):
+        loss = task({"input_ids": tokens, "attention_mask": mask.long(), **batch})
+        assert int(loss.count) == 19 + 6
+        assert (loss.sum / loss.count).item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def tiny(head: str, **entries: Any) -> torch.nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.BertConfig(vocab_size=20, intermediate_size=8, **sizes, **entries)
+    model: torch.nn.Module = getattr(transformers, head)(config)
+    return model
+
+
+def test_what_is_predicted_goes_by_the_class() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (4, 6))
+    numbers = Transformers(tiny("BertForSequenceClassification", num_labels=1)).eval()
+    stars = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    loss = numbers({"input_ids": tokens, "labels": stars})
+    logits = numbers.model(input_ids=tokens).logits
+    assert loss.sum.item() == pytest.approx((logits.flatten() - stars).square().sum().item())
+    masked = Transformers(tiny("BertForMaskedLM"), metrics=["accuracy", "perplexity"]).eval()
+    labels = tokens.masked_fill(torch.rand(4, 6) < 0.5, -100)
+    metrics = masked.metrics()
+    masked.update(metrics, {"input_ids": tokens, "labels": labels})
+    logits = masked.model(input_ids=tokens).logits
+    right = (logits.argmax(-1) == labels).sum() / (labels != -100).sum()
+    assert metrics["accuracy"].compute().item() == pytest.approx(right.item())
+    mean = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert metrics["loss"].compute().item() == pytest.approx(mean.item(), rel=1e-5)
+    with pytest.raises(Refused, match="the name of BertModel does not tell what it predicts"):
+        Transformers(tiny("BertModel"))
+    with pytest.raises(Refused, match="there is no 'f1'; there is perplexity"):
+        Transformers(tiny("BertForMaskedLM"), metrics=["f1"])
+    headless = Transformers(tiny("BertModel"), predicts="class")
+    with pytest.raises(TrainingError, match="BertModel gives no logits; take a class with a head"):
+        headless({"input_ids": tokens, "labels": tokens[:, 0]})
+    with pytest.raises(TrainingError, match=r"logits \(4,\) do not fit labels \(4, 2\)"):
+        numbers({"input_ids": tokens, "labels": tokens[:, :2]})
+    with pytest.raises(TrainingError, match=r"no labels, which task\.predicts=token needs"):
+        masked({"input_ids": tokens})
+
+
+# What comes out of files.
+
+
+def load(split: str = "train", **more: Any) -> HuggingFace:
+    return HuggingFace(split, **{"path": "reviews.csv", "fractions": [0.5, 0.25, 0.25]} | more)
+
+
+def test_a_text_is_cut_or_filled_up() -> None:
+    Path("two.jsonl").write_text('{"t": "héé", "y": 2}\n{"t": "abcdefgh", "y": 1}\n' * 8)
+    data = load(path="two.jsonl", text="t", label="y", length=6, fractions=[1, 0, 0])
+    batch = data.__getitems__([0, 1])
+    assert batch["input_ids"].tolist() == [
+        [ord("h") + 2, *(b + 2 for b in "éé".encode()), 0],
+        [ord(c) + 2 for c in "abcdef"],
+    ]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
+    assert (batch["labels"].tolist(), data.class_names) == ([1, 0], ["1", "2"])
+    assert {name: tensor.tolist() for name, tensor in data[1].items()} == {
+        name: tensor[1].tolist() for name, tensor in batch.items()
+    }
+
+
+def test_packed_texts_are_predicted_token_by_token_once() -> None:
+    data = load(path="notes/a.txt", text="text", length=10, pack=True, fractions=[1, 0, 0])
+    lines = Path("notes/a.txt").read_text().splitlines()
+    expected = [n for line in lines for n in (*(b + 2 for b in line.encode()), 1)]
+    windows = data.__getitems__(range(len(data)))["input_ids"].tolist()
+    predicted = windows[0][:1] + [n for window in windows for n in window[1:]]
+    assert predicted == expected[: len(predicted)]
+    assert len(expected) - len(predicted) < 9
+    whole = load(
+        path="notes", text="text", length=10, pack=True, options={"sample_by": "document"},
+        fractions=[1, 0, 0],
+    )  # fmt: skip
+    assert bytes(n - 2 for n in whole[0]["input_ids"].tolist()).decode() == "\n".join(lines)[:10]
+
+
+def test_splits_of_a_saved_folder_and_its_class_names() -> None:
+    import datasets
+
+    kind = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "y": kind})
+    rows = [{"ids": list(range(1, 2 + i)), "y": i % 2} for i in range(6)]
+    part = datasets.Dataset.from_list(rows, features=features)
+    datasets.DatasetDict(train=part, validation=part.select([5, 4])).save_to_disk("saved")
+    more = {"path": "saved", "label": "y", "columns": ["ids"], "length": 3, "outputs": 2}
+    data, val = load(**more), load("val", **more)
+    assert (len(data), len(val), data.class_names) == (6, 2, ["no", "yes"])
+    assert val.__getitems__([0, 1])["ids"].tolist() == [[1, 2, 3], [1, 2, 3]]
+    assert data[1]["ids"].tolist() == [1, 2, 0]
+    with pytest.raises(Refused, match=r"no split 'test' for test, only train, validation; set"):
+        load("test", **more)
+    assert load("test", **more, splits={"test": "validation"})[0]["labels"] == 1
+    with pytest.raises(Refused, match=r"'ids' of saved \(train\) have 1 to 6 numbers; set length"):
+        load(**more | {"length": None})
+    parts = {"train": "reviews.csv", "val": "saved"}
+    with pytest.raises(Refused, match="saved holds splits of its own, train, validation; give it"):
+        load("val", path=parts, columns=["stars"])
+    with pytest.raises(Refused, match="names nothing for test, only for train, val"):
+        load("test", path=parts, columns=["stars"])
+
+
+def test_columns_of_numbers_are_handed_on() -> None:
+    import datasets
+
+    rows = {"x": [0.5, 1.5, 2.5], "grid": [[[1, 2], [3, 4]]] * 3, "input_ids": [[5], [6, 7], [8]]}
+    datasets.Dataset.from_dict(rows).to_parquet("n.parquet")
+    wanted = ["x", "grid", "input_ids"]
+    data = load(path="n.parquet", columns=wanted, length=2, label="x", fractions=[1, 0, 0])
+    batch = data.__getitems__([2, 1])
+    assert batch["x"].dtype == batch["labels"].dtype == torch.float32
+    assert batch["grid"].shape == (2, 2, 2)
+    assert batch["input_ids"].tolist() == [[8, 0], [6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_changed_file_is_read_anew_and_workers_give_the_same() -> None:
+    data = load(text="review", label="opinion", length=16)
+    assert load("val", text="review", label="opinion", length=16).class_names == ["bad", "good"]
+    source = build_source(compose(["experiment=reviews"]), "val")
+    alone, loaded = (Fetcher(source, CPU, workers).digest() for workers in (0, 1))
+    assert alone == loaded
+    lines = Path("reviews.csv").read_text()
+    Path("copy.csv").write_text(lines)
+    assert len(load(path="copy.csv", text="review", length=16)) == len(data)
+    Path("copy.csv").write_text(lines + "more,bad,1\nstill more,bad,1\n")
+    os.utime("copy.csv", (1, 1))
+    assert len(load(path="copy.csv", text="review", length=16)) == len(data) + 1
+
+
+def test_tokenizers_of_transformers() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["?", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save("tokenizer.json")
+    more = {"path": "notes/a.txt", "text": "text", "length": 14, "tokenizer": "tokenizer.json"}
+    first = Path("notes/a.txt").read_text().splitlines()[0].split()
+    assert load(**more, fractions=[1, 0, 0])[0]["input_ids"].tolist() == [
+        *(words[word] for word in first), 0, 0,
+    ]  # fmt: skip
+    source = build_source(
+        compose(
+            [
+                *("experiment=notes", "data.train.pack=false", "model.config.vocab_size=384"),
+                "data.train.tokenizer={_target_:transformers.ByT5Tokenizer}",
+            ]
+        ),
+        "train",
+    )
+    assert source.dataset[0]["input_ids"][-1] in (0, 1)  # its end, or what fills up after it
+    with pytest.raises(Refused, match=r"has 4 tokens, but model\.config\.vocab_size=3; set"):
+        load(**more, vocabulary=3)
+    with pytest.raises(Refused, match=r"tokenizer: reviews\.csv is no tokenizer\.json"):
+        load(**more | {"tokenizer": "reviews.csv"})
+    with pytest.raises(Refused, match=r"tokenizer: t\.json: no such file"):
+        load(**more | {"tokenizer": "t.json"})
+    with pytest.raises(Refused, match="tokenizer: int is none; expected bytes"):
+        load(**more | {"tokenizer": 3})
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"text": "revew"}, "text: reviews.csv has no column 'revew'; did you mean review"),
+        ({"label": "opnion"}, "label: reviews.csv has no column 'opnion'; did you mean opinion"),
+        ({"split": "dev"}, "split: expected one of train, val, test, got 'dev'"),
+        ({"path": "away.csv"}, "away.csv: no such file, no folder with"),
+        ({"path": "https://x.org/a.csv"}, "a.csv: no such file, .* nothing is fetched"),
+        ({"path": "conf/experiment/notes.yaml"}, "nothing reads .yaml; expected files whose"),
+        ({"path": "*s.csv", "options": {"delimitr": ";"}}, "did you mean options.delimiter"),
+        ({"path": "ragged.csv"}, "ragged.csv: cannot be read by datasets: ParserError: "),
+        ({"path": "gap.csv"}, "'review' has no value in 1 of 4 rows, first in row 2; fill"),
+        ({"outputs": 3}, "there are 2 classes .bad, good., but the model has 3 outputs; give it 2"),
+        ({"outputs": 1}, "they are classes, but the model has one output, for a number"),
+        ({"length": None}, "length: a text needs it"),
+        ({"length": 900, "positions": 512}, "length: 900 tokens, but the model has 512 positions"),
+        ({"vocabulary": 99}, "has 258 tokens, but model.config.vocab_size=99; set"),
+        ({"text": "stars"}, "text: column 'stars' of reviews.csv is of int64, not text"),
+        ({"columns": ["opinion"]}, "columns: 'opinion' of reviews.csv is of type .*string"),
+        ({"columns": "stars"}, r"columns: expected a list, such as \[stars\]"),
+        ({"text": None}, "text: name the column of texts, or under columns those of numbers"),
+        ({"pack": True}, "pack: it joins texts for a language model"),
+        ({"columns": ["input_ids"]}, "columns: input_ids and attention_mask come of text"),
+        ({"splits": {"train": "all"}}, "no split 'all' for train, only train"),
+        ({"fractions": [0, 0.5, 0.5]}, "of 200 rows leave none for train"),
+    ],
+)
+def test_one_line_says_what_is_wrong(more: dict[str, Any], message: str) -> None:
+    Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    Path("gap.csv").write_text("review,opinion\na,x\n,y\nb,x\nc,y\n")
+    usual = {"text": "review", "label": "opinion", "length": 16}
+    with pytest.raises(Refused, match=message) as refused:
+        load(**usual | more)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_misspelt_entry_of_a_models_config_is_refused() -> None:
+    with pytest.raises(Refused, match=r"unknown key model\.config\.hiden_size: .* hidden_size\?"):
+        build_task(compose(["experiment=reviews", "model.config.hiden_size=8"]), CPU)
+    with pytest.raises(Refused, match="expected int, got str"):
+        build_task(compose(["experiment=reviews", "model.config.hidden_size=eight"]), CPU)
+    with pytest.raises(Refused, match="did you mean accuracy"):
+        compose(["experiment=notes", "task.metrics=[acuracy]"])
+
+
+@pytest.mark.parametrize("package", ["datasets", "transformers"])
+def test_without_the_packages_one_line_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(Refused, match=rf"with {package}, and .* install 'ddptrain\[huggingface\]'"):
+        import_package(package)
+
+
+def test_a_model_of_a_package_that_is_not_there_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(signatures.EXTRAS, "tranformers", "huggingface")
+    with pytest.raises(Refused, match=r"no module 'tranformers' .*ddptrain\[huggingface\]"):
+        compose(["experiment=reviews", "model._target_=tranformers.BertModel"])
