@@ -202,6 +202,15 @@ def _lr_find(parsed: argparse.Namespace) -> int:
     return lr_find(*joined)
 
 
+def _batch_find(parsed: argparse.Namespace) -> int:
+    joined = _join(parsed)
+    if isinstance(joined, int):
+        return joined
+    from ddptrain.launch.batch_find import batch_find
+
+    return batch_find(*joined)
+
+
 def _config(parsed: argparse.Namespace) -> int:
     print(yaml.safe_dump(to_plain(compose(parsed.overrides)), sort_keys=False), end="")
     return EXIT_COMPLETED
@@ -259,4 +268,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify-rank": _verify_rank,
     "doctor": _doctor,
     "lr-find": _lr_find,
+    "batch-find": _batch_find,
 }

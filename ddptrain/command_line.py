@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", type=int, default=3, metavar="N", help="steps to compare: 3")
     add("doctor", "try the launch of a config: what is wrong with it, and what to do", run=False)
     add("lr-find", "try learning rates in a few steps, and suggest one", run=False)
+    add("batch-find", "find the largest micro-batch that fits, and how fast each is", run=False)
     add("config", "print the composed, checked config; train nothing", run=False)
     add("rerun", "train a run's stored config again, in a new directory", run=True)
     evaluate = add("evaluate", "the metrics of a run's checkpoint over a split", run=True)

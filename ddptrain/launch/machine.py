@@ -68,7 +68,7 @@ class Machine:
             gpu_memory=torch.cuda.mem_get_info(device) if on_gpu else None,
             cpus=len(os.sched_getaffinity(0)),
             threads=torch.get_num_threads(),
-            memory=_memory(),
+            memory=free_memory(),
             shared_memory=_free(NODE_MEMORY),
             folder=str(folder),
             disk=_free(folder),
@@ -109,7 +109,7 @@ def _speed(interface: str | None) -> float | None:
     return megabits * 1e6 if megabits > 0 else None
 
 
-def _memory() -> int | None:
+def free_memory() -> int | None:
     """What this process can still have: of the machine's, or less in a control group."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
