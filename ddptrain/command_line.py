@@ -70,10 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", default="def ", help="text to continue")
     sample.add_argument("--length", type=int, default=400, help="bytes to add")
     for command in (evaluate, export, explain, sample):
-        command.add_argument(
-            "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
-        )
-        command.add_argument("--last", action="store_true", help="of averaged weights: the last")
+        _add_checkpoint(command)
     replay = add("replay", "take one step of a run again, and name what was wrong in it", run=True)
     replay.add_argument("step", type=int, help="counted from 0, as in anomalies.jsonl")
     diff = add("diff", "where two runs parted, and what differed first", run=True)
@@ -85,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("node").add_argument("of_ranks", metavar="COMMAND")
     commands.add_parser("verify-rank").add_argument("folder", type=Path)
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint", default="latest", metavar="WHICH", help="latest, best, or a step"
+    )
+    command.add_argument("--last", action="store_true", help="of averaged weights: the last")
 
 
 def _add_explain(explain: argparse.ArgumentParser) -> None:

@@ -117,8 +117,8 @@ def _tell(
         facts |= quality
         missed, change = quality["largest_convergence_delta"], quality["mean_absolute_change"]
         say(
-            f"integrated   a score's change from the baseline is {change:.4g} in the mean, and missed "
-            f"by {missed:.2g} at most" + "; more --steps miss less" * (missed > change / 10)
+            f"integrated   a score's change from the baseline is {change:.4g} in the mean, and "
+            f"missed by {missed:.2g} at most" + "; more --steps miss less" * (missed > change / 10)
         )
     for file in report.write(folder, str(facts["split"]), facts):
         say(f"written      {short(file)}")
