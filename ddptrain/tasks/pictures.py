@@ -58,7 +58,7 @@ def draw_reliability(axes: Axes, bins: Tensor) -> None:
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="as sure as right")
     axes.bar(confidence, share, width=0.02, color="lightgrey", label="share of the samples")
     axes.plot(confidence, accuracy, marker="o", linewidth=1.5)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("confidence")
