@@ -18,6 +18,8 @@ def check(config: Config) -> None:
         if what is None:
             raise Refused(f"{section}: none chosen; see conf/{section}/ for what there is")
     _check_sizes(config)
+    if config.train.max_steps is None and config.train.max_epochs is None:
+        raise Refused("train.max_steps: set it, or train.max_epochs, to say when a run ends")
     _check_evaluation(config)
     _check_restarts(config)
     count = config.launch.nproc_per_node
@@ -69,8 +71,6 @@ def _check_sizes(config: Config) -> None:
     for key, count in counts.items():
         if count is not None and count < 0:
             raise Refused(f"{key}: expected 0 or more, got {count}")
-    if train.max_steps is None and train.max_epochs is None:
-        raise Refused("train.max_steps: set it, or train.max_epochs, to say when a run ends")
     if not 0 < train.average.decay < 1:
         raise Refused(
             f"train.average.decay: expected a number between 0 and 1, got {train.average.decay}"
