@@ -89,7 +89,6 @@ CONFIGS = {
     "accumulated": ["experiment=ragged", "model.batch_norm=true", "train.micro_batch_size=3"],
     "exact fp16": ["experiment=ragged", "train.precision=fp16", "parallel.reduction=exact"],
     "lbfgs": EXACT["lbfgs"],
-    "penalties": [*EXACT["penalties"], "optim.fused=false"],
     "gpt": [*EXACT["stdlib_lm"], "train.global_batch_size=4", "train.micro_batch_size=2"],
 }
 
