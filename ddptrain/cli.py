@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -184,31 +186,18 @@ def _join(parsed: argparse.Namespace) -> tuple[Config, Place] | int:
     return config, place
 
 
-def _doctor(parsed: argparse.Namespace) -> int:
+def _on_all_ranks(name: str, parsed: argparse.Namespace) -> int:
+    """Run what a module of ``launch`` does under its own name, on every rank of a launch."""
     joined = _join(parsed)
     if isinstance(joined, int):
         return joined
-    from ddptrain.launch.doctor import doctor
-
-    return doctor(*joined)
+    return int(getattr(import_module(f"ddptrain.launch.{name}"), name)(*joined))
 
 
-def _lr_find(parsed: argparse.Namespace) -> int:
-    joined = _join(parsed)
-    if isinstance(joined, int):
-        return joined
-    from ddptrain.launch.lr_find import lr_find
+def _study(parsed: argparse.Namespace) -> int:
+    from ddptrain.studies.command import study
 
-    return lr_find(*joined)
-
-
-def _batch_find(parsed: argparse.Namespace) -> int:
-    joined = _join(parsed)
-    if isinstance(joined, int):
-        return joined
-    from ddptrain.launch.batch_find import batch_find
-
-    return batch_find(*joined)
+    return study(parsed)
 
 
 def _config(parsed: argparse.Namespace) -> int:
@@ -266,7 +255,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "node": _node,
     "verify": _verify,
     "verify-rank": _verify_rank,
-    "doctor": _doctor,
-    "lr-find": _lr_find,
-    "batch-find": _batch_find,
+    "doctor": partial(_on_all_ranks, "doctor"),
+    "lr-find": partial(_on_all_ranks, "lr_find"),
+    "batch-find": partial(_on_all_ranks, "batch_find"),
+    "study": _study,
 }

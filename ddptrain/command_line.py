@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("step", type=int, help="counted from 0, as in anomalies.jsonl")
     diff = add("diff", "where two runs parted, and what differed first", run=True)
     diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
-    _add_compare(commands)
-    _add_init(commands)
+    for add_own in (_add_compare, _add_study, _add_init):
+        add_own(commands)
     add("rank", None, run=False)
     add("worker", None, run=True).add_argument("--again", action="store_true")
     commands.add_parser("node").add_argument("of_ranks", metavar="COMMAND")
@@ -113,6 +113,16 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("runs", type=Path, nargs="+", metavar="run", help=folder)
     default = "default: compare/ in the nearest folder that holds all of them"
     command.add_argument("--output", type=Path, metavar="FOLDER", help=default)
+
+
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "many small runs in one go, compared in a report: gradient-descent"
+    command = commands.add_parser("study", description=summary, help=summary)
+    command.add_argument("name", help="which: gradient-descent")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of all runs")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/NAME")
+    only = "this comparison alone; may be given again: rates, batches, optimisers, penalties"
+    command.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
 
 
 def _add_init(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -89,12 +89,13 @@ ALLOWED: dict[str, set[str]] = {
     "verify": PLAIN | PARTS
     | {"evaluate", "checkpoint", "observe", "resilience", "step", "loop", "build", "launch"},
     "explain": PLAIN | PARTS | {"evaluate", "observe", "launch", "parts"},
+    "studies": PLAIN | PARTS | {"observe", "resilience", "launch"},
     "command_line": {"compose"},
     "project": {"errors", "screen"},
     "inspection": {"config", "errors", "observe", "launch", "explain", "run_directory"},
     "cli": PLAIN
     | {"command_line", "inspection", "project", "remembered", "observe", "resilience", "launch",
-       "verify"},
+       "studies", "verify"},
     "__main__": {"cli", "errors", "parent", "resilience"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Data that a machine has offline: scikit-learn's, statsmodels', Python's own source, or none."""
+"""Data that a machine has offline: of some packages, Python's source, drawn people, or none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
@@ -18,6 +20,13 @@ from ddptrain.data.walk_forward import Columns, Split, WalkForward
 from ddptrain.errors import Refused
 from ddptrain.keys import derive
 from ddptrain.nearest import suggest
+
+PURCHASE = ("age", "income", "education")
+"""The features of ``Purchase``, in order; income is in thousands."""
+OF_LOGIT = (-0.04, 0.05, 0.5)
+"""The logit of a purchase for a unit of each…"""
+INTERCEPT = -1.5
+"""… and for a person who has none of them."""
 
 
 class Digits(TensorDataset):
@@ -111,6 +120,72 @@ class Macrodata(WalkForward):
         columns = Columns("macrodata", dates, values, lambda row: f"row {row + 1}")
         parts = Split(window, horizon, fractions, until, test_rows)
         super().__init__(columns, split, parts, log, scale_target, inputs, outputs, loss)
+
+
+class Purchase(TensorDataset):
+    """People who buy something or do not, drawn from a known model; label 1 has bought.
+
+    Age is uniform over 18 to 70; education one of 0 to 4, with probabilities 0.1, 0.3, 0.3, 0.2 and
+    0.1; income, in thousands, log-normal: its logarithm has mean 3 + 0.012 (age − 18) + 0.18
+    education and deviation 0.4. A person buys with probability 1 / (1 + exp(−logit)), where the
+    logit is −1.5 − 0.04 age + 0.05 income + 0.5 education. ``noise_features`` more features,
+    standard normal, have no part in it.
+
+    A sample is (features, label), shapes (3 + ``noise_features``,) and (); features are
+    standardised with mean and deviation of the training split. ``seed`` is that of the people, who
+    are the same whatever the noise and the run's seed. ``inputs`` is what the model takes, to be
+    compared. Raises ``Refused`` if it is another number, or if there are fewer than ten people.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        samples: int = 1000,
+        seed: int = 0,
+        noise_features: int = 0,
+        inputs: int | None = None,
+    ) -> None:
+        if samples < 10 or noise_features < 0:
+            raise Refused(
+                f"samples={samples}, noise_features={noise_features}: expected 10 people or more, "
+                "and no fewer than 0 features"
+            )
+        width = len(PURCHASE) + noise_features
+        if inputs not in (None, width):
+            raise Refused(
+                f"there are {width} features ({', '.join(PURCHASE)}, {noise_features} of noise), "
+                f"but model.inputs={inputs}; set model.inputs={width}"
+            )
+        people, _, bought = draw_people(samples, seed)
+        noise = _generator(seed, "noise").standard_normal((samples, noise_features))
+        features = np.hstack([people, noise])
+        seen = features[split_indices(samples, "train")]
+        mine = split_indices(samples, split)
+        standardised = (features[mine] - seen.mean(axis=0)) / seen.std(axis=0)
+        self.feature_names = [*PURCHASE, *(f"noise {number}" for number in range(noise_features))]
+        super().__init__(torch.from_numpy(standardised).float(), torch.from_numpy(bought[mine]))
+
+
+def draw_people(
+    samples: int, seed: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Draw ``samples`` people of ``Purchase``.
+
+    Age, income and education, shape (samples, 3); the probability that each buys, and whether it
+    has, 0 or 1, both (samples,).
+    """
+    generator = _generator(seed, "people")
+    age = generator.uniform(18, 70, samples)
+    education = generator.choice(5, samples, p=[0.1, 0.3, 0.3, 0.2, 0.1])
+    spread = generator.normal(0, 0.4, samples)
+    income = np.exp(3 + 0.012 * (age - 18) + 0.18 * education + spread)
+    people = np.column_stack([age, income, education])
+    chances = 1 / (1 + np.exp(-(INTERCEPT + people @ np.array(OF_LOGIT))))
+    return people, chances, (generator.random(samples) < chances).astype(np.int64)
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(derive(seed, f"purchase/{purpose}")))
 
 
 class Nothing(Dataset[Tensor]):
