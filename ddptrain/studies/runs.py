@@ -107,8 +107,8 @@ def _train(attempt: Attempt, made: Made) -> None:
 def _face(attempt: Attempt, error: Exception) -> bool:
     """Leave in the run's directory how it failed; return whether the study can go on.
 
-    It can after what the framework itself ends a run for, which all ranks meet alike. Of an error of
-    one rank alone the others hear that it has left, and end.
+    It can after what the framework itself ends a run for, which all ranks meet alike. Of an error
+    of one rank alone the others hear that it has left, and end.
     """
     run, claim, trainer = attempt.run, attempt.claim, attempt.trainer
     is_stopped = isinstance(error, Stopped)
