@@ -27,9 +27,8 @@ from ddptrain.rules import check_world_size
 DIGITS = "experiment=digits"
 Plain = dict[str, Any]
 EXPERIMENTS = [
-    *("breast_cancer", "diabetes", "digits", "forecast", "logistic_regression", "recommendation"),
-    *("recommendation_two_tower", "rosenbrock", "stdlib_lm", "stdlib_modules"),
-]
+    *("breast_cancer", "diabetes", "digits", "forecast", "logistic_regression", "purchase"),
+    *("recommendation", "recommendation_two_tower", "rosenbrock", "stdlib_lm", "stdlib_modules"),
 BUILT_IN = PACKAGE.parent / "conf"
 OWN_EXPERIMENT = """\
 # @package _global_
