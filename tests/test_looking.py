@@ -208,7 +208,7 @@ def test_the_noise_scale_is_right_on_average(uneven: bool) -> None:
     """Of a quadratic, where a sample's gradient is a known mean and known noise."""
     draw = np.random.default_rng(0)
     found = []
-    for _ in range(4000):
+    for _ in range(1500):
         sizes = draw.integers(1, 6, size=5) if uneven else np.full(5, 3)
         gradients = [draw.normal(CENTRE, SPREAD, size=(n, 3)).sum(0) for n in sizes]
         squares = [float(g @ g) for g in gradients]
@@ -216,8 +216,8 @@ def test_the_noise_scale_is_right_on_average(uneven: bool) -> None:
         found.append(estimate(squares, sizes.tolist(), float(total @ total)))
     average = mean(noise for noise in found if noise is not None)
     assert average is not None
-    assert average.trace == pytest.approx(3 * SPREAD**2, rel=0.02)
-    assert average.signal == pytest.approx(np.square(CENTRE).sum(), rel=0.05)
+    assert average.trace == pytest.approx(3 * SPREAD**2, rel=0.04)
+    assert average.signal == pytest.approx(np.square(CENTRE).sum(), rel=0.1)
 
 
 @given(
