@@ -133,6 +133,11 @@ def build_step(
     clip = Clip(**asdict(train.grad_clip))
     of_all = train.penalty.of is Penalised.all
     penalty = Penalty(optimizer, train.penalty.l1, train.penalty.l2, of_all)
+    if (penalty.l1 or penalty.l2) and not penalty.weights():
+        raise Refused(
+            "train.penalty: the model has no weights, parameters of two dimensions or more, for it; "
+            "set train.penalty.of=all"
+        )
     average = None
     if train.average.kind is not None:
         decay = train.average.decay if train.average.kind is Averaging.ema else None

@@ -29,6 +29,7 @@ Plain = dict[str, Any]
 EXPERIMENTS = [
     *("breast_cancer", "diabetes", "digits", "forecast", "logistic_regression", "purchase"),
     *("recommendation", "recommendation_two_tower", "rosenbrock", "stdlib_lm", "stdlib_modules"),
+]
 BUILT_IN = PACKAGE.parent / "conf"
 OWN_EXPERIMENT = """\
 # @package _global_

@@ -180,3 +180,12 @@ def test_what_does_not_go_with_l_bfgs_is_refused(tmp_path: Path) -> None:
     for key in ("train.penalty.l1", "train.penalty.l2"):
         with pytest.raises(Refused, match=f"{key}: expected 0 or more, got -1"):
             compose([*LINEAR, f"{key}=-1"])
+
+
+def test_a_penalty_of_nothing_is_refused(tmp_path: Path) -> None:
+    given = ["experiment=rosenbrock", "train.penalty.l2=0.1", "log.tensorboard=false"]
+    ranks = Ranks(Place(), torch.device("cpu"), None)
+    with pytest.raises(Refused, match=r"no weights.*set train\.penalty\.of=all"):
+        build_trainer(compose(given), ranks, RunDirectory(tmp_path), Phases())
+    given.append("train.penalty.of=all")
+    build_trainer(compose(given), ranks, RunDirectory(tmp_path), Phases())
