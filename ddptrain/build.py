@@ -135,8 +135,8 @@ def build_step(
     penalty = Penalty(optimizer, train.penalty.l1, train.penalty.l2, of_all)
     if (penalty.l1 or penalty.l2) and not penalty.weights():
         raise Refused(
-            "train.penalty: the model has no weights, parameters of two dimensions or more, for it; "
-            "set train.penalty.of=all"
+            "train.penalty: the model has no weights (parameters of two dimensions or more) for "
+            "it; set train.penalty.of=all"
         )
     average = None
     if train.average.kind is not None:
