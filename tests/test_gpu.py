@@ -190,3 +190,14 @@ def test_compiled_bf16_reaches_the_target(tmp_path: Path) -> None:
         tmp_path / "run", 1, "experiment=digits", "train.precision=bf16", "train.compile=true"
     )
     assert told["metrics"]["test/accuracy"] > 0.95
+
+
+def test_the_largest_micro_batch_that_fits_is_found() -> None:
+    """Samples of a hundredth of the memory each, several times over in the backward."""
+    floats = torch.cuda.get_device_properties(0).total_memory // 4 // 100
+    hungry = ["experiment=hungry", f"model.floats={floats}"]
+    done = run([*DDPTRAIN, "batch-find", *hungry, "launch.nproc_per_node=1"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "out of memory" in done.stdout
+    found = next(line for line in done.stdout.splitlines() if line.startswith("fits"))
+    assert 8 <= int(found.split()[1].rstrip(",")) <= 50

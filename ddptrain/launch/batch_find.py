@@ -150,8 +150,8 @@ class Tries:
             spare = self.room.spare() + (0 if self.fitted else self.state)
             occupied = torch.empty(spare, dtype=torch.uint8, device=self.ranks.device)
             key_generators(plan.forward_key(mine), self.ranks.device)
-            with step.strategy.accumulate(step.replica):
-                step.replica(batch).backward()
+            # Not through the replica, which talks to the others even if it reduces nothing.
+            torch.autograd.grad(step.module(batch), step.parameters, allow_unused=True)
             self.room.peak()  # of a GPU: the wait in which it might still say no
             del occupied
         except Exception as error:
@@ -159,7 +159,6 @@ class Tries:
                 raise
             unfit, batch = "out of memory", None
             forget_frames(error)
-        step.module.zero_grad()
         return unfit, batch
 
     def _too_much(self, size: int) -> str | None:
