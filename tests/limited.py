@@ -1,4 +1,4 @@
-"""A rank of `ddptrain batch-find` that may have so many MiB more than when it begins."""
+"""A rank of `ddptrain batch-find` that may have so many MiB more than it begins with."""
 
 from __future__ import annotations
 

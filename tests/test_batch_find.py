@@ -16,8 +16,8 @@ from ddptrain.launch.batch_find import FINE, Trial, fitting_size, search
 from ddptrain.launch.room import is_out_of_memory
 
 LIMITED = str(Path(__file__).with_name("limited.py"))
-MEBIBYTES_A_SAMPLE = (8, 32)
-"""Of tests/project/hungry.py: 4 are kept twice for the backward; more of it at once."""
+MEBIBYTES_A_SAMPLE = (8, 64)
+"""Of tests/project/hungry.py, at least two tensors of 4; and what is loaded later has its share."""
 
 
 @given(limit=st.integers(0, 300), largest=st.integers(1, 200))
@@ -55,11 +55,11 @@ def test_what_is_taken_for_no_memory() -> None:
 
 
 def test_a_limit_of_the_process_is_found() -> None:
-    done = run([sys.executable, LIMITED, "200", "experiment=hungry"], PROJECT)
+    done = run([sys.executable, LIMITED, "400", "experiment=hungry"], PROJECT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.search(r"fits +(\d+), with 10% of memory left free", done.stdout)
     assert found is not None
-    least, most = (200 // size for size in reversed(MEBIBYTES_A_SAMPLE))
+    least, most = (400 // size for size in reversed(MEBIBYTES_A_SAMPLE))
     assert least <= int(found[1]) <= most
     assert re.search(r"^ +\d+  out of memory$", done.stdout, re.MULTILINE)
     suggested = re.search(r"suggestion   train\.micro_batch_size=(\d+)", done.stdout)
@@ -68,16 +68,18 @@ def test_a_limit_of_the_process_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("allowed", "code", "told"),
+    ("floats", "code", "told"),
     [
-        ("0,600", 0, r"out of memory on rank 1\n.*suggestion   train\.micro_batch_size="),
-        ("0,150", 1, r"out of memory on rank 1\n$"),
+        (1 << 20, 0, r"out of memory on rank 1\n.*suggestion   train\.micro_batch_size="),
+        (1 << 25, 1, r" 1  out of memory on rank 1\n.* 2  out of memory on rank 1\n$"),
     ],
+    ids=["some fit", "none fits"],
 )
 def test_a_rank_with_less_memory_decides_and_leaves_nobody_waiting(
-    allowed: str, code: int, told: str
+    floats: int, code: int, told: str
 ) -> None:
-    done = run([*TORCHRUN, "2", LIMITED, allowed, "experiment=hungry"], PROJECT)
+    command = [*TORCHRUN, "2", LIMITED, "0,600", "experiment=hungry", f"model.floats={floats}"]
+    done = run(command, PROJECT)
     assert done.returncode == code, done.stderr[-3000:]
     assert re.search(told, done.stdout, re.DOTALL), done.stdout
     assert ("not even one sample fits into memory" in done.stderr) == bool(code)
@@ -85,7 +87,10 @@ def test_a_rank_with_less_memory_decides_and_leaves_nobody_waiting(
 
 def test_it_leaves_nothing(tmp_path: Path) -> None:
     command = [*DDPTRAIN, "batch-find", "experiment=digits", "launch.nproc_per_node=1"]
-    done = run([*command, "model.channels=2", "train.global_batch_size=100"], tmp_path)
+    done = run(
+        [*command, "model.channels=4", "train.global_batch_size=100", "train.micro_batch_size=20"],
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "for there are no more samples" in done.stdout
     assert "suggestion   train.micro_batch_size=100\n" in done.stdout
