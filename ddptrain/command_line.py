@@ -73,8 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_checkpoint(command)
     replay = add("replay", "take one step of a run again, and name what was wrong in it", run=True)
     replay.add_argument("step", type=int, help="counted from 0, as in anomalies.jsonl")
-    diff = add("diff", "where two runs parted, and what differed first", run=True)
-    diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
+    _add_diff(add("diff", "where two runs parted, and what differed first", run=True))
     for add_own in (_add_compare, _add_study, _add_init):
         add_own(commands)
     add("rank", None, run=False)
@@ -104,6 +103,10 @@ def _add_explain(explain: argparse.ArgumentParser) -> None:
     steps = "points between baseline and input: 200"
     explain.add_argument("--steps", type=int, default=200, metavar="N", help=steps)
     explain.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN/explain")
+
+
+def _add_diff(diff: argparse.ArgumentParser) -> None:
+    diff.add_argument("other", type=Path, metavar="run", help="another run's directory")
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

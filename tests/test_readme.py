@@ -30,7 +30,7 @@ def test_own_model_on_own_data(tmp_path: Path) -> None:
 def test_every_command_named_exists(tmp_path: Path) -> None:
     listed = run([*DDPTRAIN, "--help"], tmp_path).stdout
     for command in set(re.findall(r"\$ ddptrain ([\w-]+)", README)):
-        assert re.search(rf"^ +{command} ", listed, re.MULTILINE), command
+        assert re.search(rf"^ +{command}( |$)", listed, re.MULTILINE), command
 
 
 def test_typo_is_answered_as_shown(tmp_path: Path) -> None:
