@@ -45,7 +45,7 @@ from ddptrain.tasks import Recommendation
 from ddptrain.tasks.ranking_metrics import NDCG, HitRate
 
 Given = dict[str, Any]
-SHORT = ["train.max_epochs=10", "eval.every_steps=null", "checkpoint.keep_best=0"]
+SHORT = ["train.max_epochs=8", "eval.every_steps=null", "checkpoint.keep_best=0"]
 PAIRS = st.sets(st.tuples(st.integers(0, 12), st.integers(0, 9)), min_size=1, max_size=90)
 
 
@@ -259,7 +259,7 @@ def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_a_file_gives_the_same_bits_on_one_rank_and_on_two(tmp_path: Path) -> None:
     write_example(tmp_path, "interactions")
     short = [
-        *("experiment=mine", "parallel.reduction=exact", "train.max_steps=6", "model=two_tower"),
+        *("experiment=mine", "parallel.reduction=exact", "train.max_steps=4", "model=two_tower"),
         *("~model.users", "data.train.negatives=5", "task.loss=bpr"),
     ]
     alone = taken(tmp_path, *short)
