@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from ddptrain.evaluate import Evaluation
@@ -29,16 +29,18 @@ class Contest(Evaluation):
         assert isinstance(task, Restarts)
         of_copies, pictures = [], []
         for number in range(len(task.copies)):
-            task.choose(number)
+            task.shown = number
             of_copies.append(super().run())
             pictures.append(self.pictures)
         scores = [metrics[self.metric] for metrics in of_copies]
         ranked = sorted(range(len(scores)), key=lambda number: self._badness(scores[number]))
         best, worst = ranked[0], ranked[-1]
+        middle = {ranked[(len(ranked) - 1) // 2], ranked[len(ranked) // 2]}
+        task.shown = None
         for each in (task, self.trained):
             each.choose(best)
         self.pictures = pictures[best]
-        spread = {"median": median(scores), "worst": scores[worst]}
+        spread = {"median": fmean(scores[number] for number in middle), "worst": scores[worst]}
         told = {f"{self.metric}_{name}": score for name, score in spread.items()}
         return of_copies[best] | {"restart": float(best)} | told
 

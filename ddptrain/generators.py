@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,13 +24,17 @@ def key_generators(key: int, device: torch.device | None = None) -> None:
         torch.cuda.default_generators[device.index].manual_seed(key)
 
 
-@contextmanager
-def kept_generators(device: torch.device) -> Iterator[None]:
-    """Leave the generators, that of a CUDA ``device`` too, as they are now, whatever draws."""
+def remember_generators(device: torch.device) -> Callable[[], None]:
+    """Return what puts the generators, that of a CUDA ``device`` too, back to where they are."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
+    of_torch = torch.default_generator.get_state()
+    of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.default_generator.set_state(of_torch)
+        if of_device is not None:
+            torch.cuda.set_rng_state(of_device, device)
+
+    return put_back

@@ -20,12 +20,12 @@ SETTINGS = (
 
 
 def defaults() -> dict[str, Any]:
-    """The framework's own sections, as the built-in tree has them."""
+    """The framework's own keys and sections, as the built-in tree has them."""
     tree = config_trees()[0]
     root = read_yaml(tree / "config.yaml")
     chosen = {group: name for entry in root.pop("defaults") if isinstance(entry, dict)
               for group, name in entry.items() if name is not None}  # fmt: skip
-    return {
+    return {"restarts": root["restarts"]} | {
         section: read_yaml(tree / section / f"{chosen[section]}.yaml")
         if chosen.get(section)
         else root[section]
@@ -74,7 +74,9 @@ def differences(stored: Config, now: Config) -> list[str]:
 def computed(config: Config) -> dict[str, Any]:
     """The keys and values that decide what a run computes."""
     flat = flatten(to_plain(config))
-    return {key: value for key, value in flat.items() if not key.startswith(EXECUTION_ONLY)}
+    # By these the best of several restarts is told, to which schedules and guards hold.
+    told_by = ("checkpoint.metric", "checkpoint.mode") if config.restarts > 1 else ()
+    return {k: v for k, v in flat.items() if k in told_by or not k.startswith(EXECUTION_ONLY)}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

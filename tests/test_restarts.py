@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import yaml
 from launching import DDPTRAIN, PROJECT, TORCHRUN, read_result, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,12 +20,16 @@ from ddptrain import Loss, Task
 from ddptrain.build import build_trainer
 from ddptrain.compose import compose
 from ddptrain.errors import Refused
+from ddptrain.evaluate import Evaluation
+from ddptrain.generators import key_generators
 from ddptrain.loop import Trainer
 from ddptrain.observe.loggers import read_json_lines
 from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
-from ddptrain.run_directory import RunDirectory
+from ddptrain.run_directory import RunDirectory, open_directory
+from ddptrain.state import fingerprint, load_optimizer, optimizer_tensors
+from ddptrain.stored import differences
 from ddptrain.tasks.restarts import BEST, Restarts
 
 COPIES = 3
@@ -54,7 +59,10 @@ def take(made: Trainer, steps: int) -> None:
     ids=["clipped", "by unit", "penalties", "averages", "in turn"],
 )
 def test_each_copy_is_trained_as_it_would_be_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
 ) -> None:
     (tmp_path / "normed.py").write_text(NORMED)
     monkeypatch.syspath_prepend(tmp_path)
@@ -63,8 +71,9 @@ def test_each_copy_is_trained_as_it_would_be_alone(
     task = together.task
     assert isinstance(task, Restarts)
     starts = [{n: t.clone() for n, t in copy.state_dict().items()} for copy in task.copies]
-    take(together, 4)
-    assert task.is_batched == ("normed" not in overrides[0])
+    with caplog.at_level("INFO", "ddptrain"):
+        take(together, 4)
+    assert ("one after another" in caplog.text) == ("normed" in overrides[0])
     evaluated = together.evaluated()
     assert isinstance(evaluated, Restarts)
     for copy, average, start in zip(task.copies, evaluated.copies, starts, strict=True):
@@ -109,7 +118,10 @@ def test_the_first_copy_starts_as_a_run_without_others(tmp_path: Path) -> None:
 
 
 class Tied(Task):
-    """A weight that is used twice, a buffer, and all that a loss may log."""
+    """A weight that is used twice, buffers written to and replaced, and all that is logged.
+
+    Batches of three it takes by their numbers, which cannot be batched.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,44 +129,120 @@ class Tied(Task):
         self.two = nn.Linear(3, 3)
         self.two.weight = self.one.weight
         self.register_buffer("seen", torch.zeros(2), persistent=False)
+        self.register_buffer("mean", torch.zeros(3))
 
     def forward(self, batch: Tensor) -> Loss:
-        out = self.two(nn.functional.dropout(self.one(batch), 0.5)).square().sum()
         self.seen[0] += 1
-        logs = {"drawn": torch.rand(()), "seven": 7.0, "share": (out.detach(), len(batch))}
-        return Loss(out, len(batch), logs)
+        hidden = self.one(nn.functional.dropout(batch, 0.5, self.training))
+        self.mean = 0.9 * self.mean + 0.1 * hidden.mean(0)
+        out = self.two(hidden).square().sum()
+        drawn = random.random()
+        told = out.item() if len(batch) == 3 else out.detach()
+        return Loss(out, len(batch), {"told": told, "drawn": drawn, "pair": (out.detach(), 2)})
 
 
-def of_generators() -> list[Any]:
-    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
-
-
-def test_finding_out_whether_it_can_be_batched_leaves_no_trace() -> None:
-    tasks = []
+def tied() -> tuple[Restarts, list[Tied]]:
+    alone = []
     for seed in range(COPIES):
         torch.manual_seed(seed)
-        tasks.append(Tied())
-    task, batch = Restarts(tasks), torch.randn(5, 3)
-    found: list[list[Tensor]] = []
-    for known in (None, True):
-        task.is_batched = known
-        torch.manual_seed(5)
-        loss = task(batch)
-        gradients = torch.autograd.grad(loss.sum, list(task.parameters()))
-        found.append([loss.sum.detach(), loss.logs["drawn"], *gradients])
-        assert task.is_batched
-        assert loss.logs["seven"] == 7.0
-        assert loss.count == 5
-        assert loss.logs["share"][0] == loss.sum
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert task.get_buffer("seen").tolist() == [[2, 0]] * COPIES
-    assert len(list(task.parameters())) == 3
-    task.choose(2)
-    torch.manual_seed(5)
-    assert task(batch).sum != found[0][0]
-    before = of_generators()
-    task._can_be_batched(batch)
-    assert of_generators() == before
+        alone.append(Tied())
+    return Restarts(deepcopy(alone)), alone
+
+
+@pytest.mark.parametrize("samples", [4, 3], ids=["batched", "in turn"])
+def test_what_a_forward_does_and_tells_is_that_of_each_copy(
+    samples: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    together, alone = tied()
+    together.choose(1)
+    batch = torch.randn(samples, 3)
+    for task in (together, *alone):
+        task.train(False)
+    with caplog.at_level("INFO", "ddptrain"):
+        losses = [task(batch) for task in (together, *alone)]
+    whole, best = losses[0], losses[2]
+    assert whole.sum.item() == pytest.approx(best.sum.item(), rel=1e-5)
+    assert float(whole.logs["told"]) == pytest.approx(float(best.logs["told"]), rel=1e-5)
+    assert whole.logs["pair"][0] == whole.sum
+    assert (int(whole.count), int(whole.logs["pair"][1])) == (samples, 2)
+    gradients = torch.autograd.grad(whole.sum, list(together.parameters()))
+    with caplog.at_level("INFO", "ddptrain"):
+        together(batch)
+    assert len(caplog.records) == (samples == 3)  # said once
+    for number, (task, loss) in enumerate(zip(alone, losses[1:], strict=True)):
+        own = torch.autograd.grad(loss.sum, list(task.parameters()))
+        for mine, its in zip(gradients, own, strict=True):
+            torch.testing.assert_close(mine[number], its, rtol=1e-4, atol=1e-5)
+        assert together.get_buffer("seen")[number].tolist() == [2, 0]
+        task(batch)
+        torch.testing.assert_close(together.get_buffer("mean")[number], task.mean)
+
+
+def test_what_a_forward_draws_depends_on_its_batch_alone() -> None:
+    """A process that begins with one that cannot be batched goes on like any other."""
+    plain, odd = torch.randn(4, 3), torch.randn(3, 3)
+    found = []
+    for order in ((plain, odd), (odd, plain)):
+        task, _ = tied()
+        told = {}
+        for batch in order:
+            key_generators(5, torch.device("cpu"))
+            loss = task(batch)
+            told[len(batch)] = loss.sum.item(), float(loss.logs["drawn"])
+        found.append(told)
+    assert found[0] == found[1]
+
+
+def test_dropout_goes_on_after_an_evaluation(tmp_path: Path) -> None:
+    """Steps after one are those of a run that is resumed there."""
+    whole, resumed = (trainer(tmp_path, f"restarts={COPIES}") for _ in range(2))
+    take(whole, 2)
+    whole.done = 2
+    whole.evaluate("val")
+    resumed.task.load_state_dict(whole.task.state_dict())
+    kept = optimizer_tensors(whole.task, whole.step.optimizer)
+    load_optimizer(resumed.task, resumed.step.optimizer, *kept)
+    resumed.done = 2
+    for made in (whole, resumed):
+        made.fetch()
+        for step in (2, 3):
+            made.step(step, made.batches)
+    assert fingerprint(whole.task) == fingerprint(resumed.task)
+
+
+def test_of_scores_nan_is_the_worst(tmp_path: Path) -> None:
+    chosen = "checkpoint.metric=val/loss", "checkpoint.mode=min"
+    made = trainer(tmp_path, "restarts=5", "task.metrics=[]", *chosen)
+    task, contest = made.task, made.evaluations["val"]
+    assert isinstance(task, Restarts)
+    with torch.no_grad():
+        for number in (1, 4):
+            for parameter in task.copies[number].parameters():
+                parameter.fill_(math.nan)
+    parts = contest.fetcher, contest.ranks, contest.autocast
+    losses = [Evaluation(copy, *parts).run()["loss"] for copy in task.copies]
+    finite = sorted(loss for loss in losses if not math.isnan(loss))
+    found = contest.run()
+    assert [found["loss"], found["loss_median"]] == [finite[0], finite[2]]
+    assert math.isnan(found["loss_worst"])
+    assert losses[int(found["restart"])] == finite[0]
+    assert int(task.get_buffer(BEST)) == found["restart"]
+
+
+def test_a_run_from_before_there_were_restarts_is_read(tmp_path: Path) -> None:
+    config = compose(["experiment=breast_cancer", f"run.dir={tmp_path / 'run'}"])
+    run = open_directory(config, [])
+    plain = yaml.safe_load(run.config.read_text())
+    del plain["restarts"]
+    run.config.write_text(yaml.safe_dump(plain))
+    assert run.load().restarts == 1
+
+
+def test_what_tells_the_best_is_part_of_what_is_computed() -> None:
+    for restarts, told in ((1, []), (2, ["checkpoint.metric: val/auroc → val/loss"])):
+        given = ["experiment=breast_cancer", f"restarts={restarts}"]
+        both = compose(given), compose([*given, "checkpoint.metric=val/loss"])
+        assert differences(*both) == told
 
 
 def test_the_best_is_kept_evaluated_and_exported(tmp_path: Path) -> None:

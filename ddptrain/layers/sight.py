@@ -16,6 +16,7 @@ from ddptrain.layers.activations import Activations, Outputs
 from ddptrain.layers.counting import count_exponents, sums
 from ddptrain.layers.noise import Noise, estimate
 from ddptrain.observe.histograms import Histogram
+from ddptrain.stacked import dimensions
 from ddptrain.step import Step
 
 
@@ -173,7 +174,7 @@ class Sight:
         )
         return {
             name: Parameter(
-                Histogram(counts.tolist(), *both.tolist()), weight.dim() > 1, before, change
+                Histogram(counts.tolist(), *both.tolist()), dimensions(weight) > 1, before, change
             )
             for name, weight, (counts, both), before, change in of_each
         }

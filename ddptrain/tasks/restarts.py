@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ddptrain.generators import kept_generators
+from ddptrain.generators import remember_generators
 from ddptrain.stacked import Stacked
 from ddptrain.tasks.task import Batch, Loss, Task
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torchmetrics import Metric
 
+logger = logging.getLogger(__name__)
+
 Place: TypeAlias = tuple[dict[str, Any], str]
 """Where a module keeps a parameter or a buffer, and under which name."""
+Tensors: TypeAlias = dict[str, Tensor]
 BEST = "best_restart"
 
 
@@ -29,7 +33,7 @@ class Restarts(Task):
 
     Parameters and buffers have the names that they have in a task, and a first dimension more. The
     gradient is that of the sum of all losses, so that each copy gets its own; the loss itself, and
-    what is logged, are those of the ``best`` copy. If the model can be batched (``vmap`` of
+    what is logged, are those of the ``best`` copy. Where a forward can be batched (``vmap`` of
     ``torch.func``), all copies are computed as one, each with random numbers of its own; else one
     after another. The ``tasks`` become views of what is trained, so they must not be moved.
 
@@ -50,7 +54,9 @@ class Restarts(Task):
         self.device = next(whole.parameters()).device
         self.register_buffer(BEST, torch.zeros((), dtype=torch.int64, device=self.device))
         self.copies = tuple(tasks)  # in a tuple, and so no modules of this one
-        self.is_batched: bool | None = None
+        self.shown: int | None = None
+        """The copy that metrics are of; None: the best."""
+        self.is_told = False
 
     @property
     def best(self) -> Task:
@@ -68,64 +74,92 @@ class Restarts(Task):
         return self
 
     def forward(self, batch: Batch) -> Loss:
-        if self.is_batched is None:
-            self.is_batched = self._can_be_batched(batch)
-        return self._loss(batch, self._buffers_of_copies())
-
-    def _can_be_batched(self, batch: Batch) -> bool:
-        """Try it, without a trace: the step must not depend on whether it is the first."""
-        self.is_batched = True
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        # The module of whose forward all make use must be in the modes that this one's parts are.
+        for module, its in zip(self.modules(), self.copies[0].modules(), strict=True):
+            its.training = module.training
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name != BEST}
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        put_back = remember_generators(self.device)
+        # Anew each time, for by what an earlier batch brought a resumed run would not know to go.
         try:
-            with kept_generators(self.device):
-                copied = {name: b.clone() for name, b in self._buffers_of_copies().items()}
-                torch.autograd.grad(self._loss(batch, copied).sum, parameters, allow_unused=True)
+            found = self._batched(batch, buffers)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # of whatever kind; what is wrong with the model itself comes again
-            return False
-        return True
+        except Exception as error:  # of whatever kind; what is wrong with the task comes again
+            self._tell(error)
+            put_back()
+            for name, buffer in buffers.items():
+                buffer.copy_(before[name])
+            found = self._in_turn(batch, buffers)
+        loss, values, replaced = found
+        for name, tensor in replaced.items():
+            buffers[name].copy_(tensor.detach())
+        return self._of_best(loss, values)
 
-    def _buffers_of_copies(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self.named_buffers() if name != BEST}
+    def _tell(self, error: Exception) -> None:
+        if not self.is_told:
+            self.is_told = True
+            why = " ".join(str(error).split())[:200]
+            logger.info("restarts are computed one after another, for vmap says: %s", why)
 
-    def _loss(self, batch: Batch, buffers: dict[str, Tensor]) -> Loss:
-        losses: list[Loss] = []
+    def _of_one(
+        self, batch: Batch, parameters: Tensors, buffers: Tensors
+    ) -> tuple[Loss, list[Any], Tensors]:
+        """A copy's loss, whatever in it may be a tensor, and buffers that it put others in for."""
+        given = {**parameters, **buffers}
+        loss = functional_call(self.copies[0], given, (batch,))
+        replaced = {name: given[name] for name in buffers if given[name] is not buffers[name]}
+        return loss, list(_values(loss)), replaced
 
-        def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            loss = functional_call(self.copies[0], {**parameters, **buffers}, (batch,))
-            losses.append(loss)
-            return tuple(value for value in _values(loss) if isinstance(value, Tensor))
+    def _batched(self, batch: Batch, buffers: Tensors) -> tuple[Loss, list[Any], Tensors]:
+        seen: list[tuple[Loss, list[Any]]] = []
 
-        parameters: dict[str, Tensor] = dict(self.named_parameters())
-        if self.is_batched:
-            found = vmap(of_one, randomness="different")(parameters, buffers)
-        else:
-            of_copies = zip(self._apart(parameters), self._apart(buffers), strict=True)
-            each = [of_one(*of_copy) for of_copy in of_copies]
-            found = tuple(map(torch.stack, zip(*each, strict=True)))
-        return self._of_best(losses[0], found)
+        def of_one(parameters: Tensors, own: Tensors) -> tuple[list[Tensor], Tensors]:
+            loss, values, replaced = self._of_one(batch, parameters, own)
+            seen.append((loss, values))
+            return [value for value in values if isinstance(value, Tensor)], replaced
 
-    def _apart(self, stacked: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        parameters: Tensors = dict(self.named_parameters())
+        tensors, replaced = vmap(of_one, randomness="different")(parameters, buffers)
+        ((loss, values),) = seen
+        stacked = iter(tensors)
+        found = [next(stacked) if isinstance(value, Tensor) else value for value in values]
+        return loss, found, replaced
+
+    def _in_turn(self, batch: Batch, buffers: Tensors) -> tuple[Loss, list[Any], Tensors]:
+        parameters = self._apart(dict(self.named_parameters()))
+        of_copies = zip(parameters, self._apart(buffers), strict=True)
+        done = [self._of_one(batch, *own) for own in of_copies]
+        losses, values, replaced = zip(*done, strict=True)
+        found = [
+            torch.stack([torch.as_tensor(value, device=self.device) for value in same])
+            for same in zip(*values, strict=True)
+        ]
+        together = {n: torch.stack([own[n] for own in replaced]) for n in replaced[0]}
+        return losses[0], found, together
+
+    def _apart(self, stacked: Tensors) -> list[Tensors]:
         """What each copy has of ``stacked`` tensors, as views."""
         parts = {name: tensor.unbind() for name, tensor in stacked.items()}
         return [{name: p[i] for name, p in parts.items()} for i in range(len(self.copies))]
 
-    def _of_best(self, loss: Loss, found: Sequence[Tensor]) -> Loss:
-        """The best copy's loss, with all copies' gradients; ``found`` are their tensors."""
+    def _of_best(self, loss: Loss, values: list[Any]) -> Loss:
+        """The best copy's loss, with all copies' gradients.
+
+        ``values`` are what is in ``loss``: tensors of all copies, or what is alike in them.
+        """
         best = self.get_buffer(BEST).reshape(1)
-        picked = iter([tensor.detach().index_select(0, best)[0] for tensor in found])
-        total = found[0].sum()
-
-        def pick(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(pick, value))
-            return next(picked) if isinstance(value, Tensor) else value
-
+        picked = iter(
+            [v.detach().index_select(0, best)[0] if isinstance(v, Tensor) else v for v in values]
+        )
+        total = values[0].sum()
         # The difference is zero, and has the gradient; NaN, if any copy's loss is not finite.
-        chosen = pick(loss.sum) + (total - total.detach())
-        count = pick(loss.count)
-        return Loss(chosen, count, {name: pick(value) for name, value in loss.logs.items()})
+        chosen, count = next(picked) + (total - total.detach()), next(picked)
+        logs = {
+            name: tuple(next(picked) for _ in value) if isinstance(value, tuple) else next(picked)
+            for name, value in loss.logs.items()
+        }
+        return Loss(chosen, count, logs)
 
     @property
     def is_projected(self) -> bool:
@@ -139,7 +173,8 @@ class Restarts(Task):
         return self.best.metrics()
 
     def update(self, metrics: dict[str, Metric], batch: Batch) -> None:
-        self.best.update(metrics, batch)
+        copy = self.best if self.shown is None else self.copies[self.shown]
+        copy.update(metrics, batch)
 
     def example(self) -> str | None:
         return self.best.example()
