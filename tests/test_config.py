@@ -140,7 +140,7 @@ def test_a_typo_anywhere_in_the_tree_is_told(plain: Plain, key: str, told: str) 
         ("optim=rmsprob", "optim=rmsprob: no such option; did you mean rmsprop?"),
         (
             "data=nope",
-            "data=nope: no such option; there is breast_cancer, diabetes, digits, images",
+            "data=nope: no such option; there is breast_cancer, diabetes, digits, huggingface",
         ),
         ("schedule=cosin", "schedule=cosin: no such option; did you mean cosine?"),
         ("task=clasification", "did you mean classification?"),
