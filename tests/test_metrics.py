@@ -261,6 +261,13 @@ def test_a_model_that_says_the_same_of_all_items_finds_nothing() -> None:
     assert (found["mrr"], found["hit_rate"]) == (0.1, 0)
 
 
+@pytest.mark.parametrize("scores", [[math.nan] * 4, [3.0, 2.0, 1.0, math.nan]])
+def test_scores_that_are_nan_find_nothing(scores: list[float]) -> None:
+    data = torch.tensor(scores), torch.tensor([1, 0, 0, 0]), torch.zeros(4).long()
+    found = values_on(2, lambda: task_of("ranking", 0), data, 2)
+    assert all(math.isnan(found[name]) for name in ("mrr", "hit_rate", "ndcg"))
+
+
 def alone() -> Ranks:
     return Ranks(Place(), CPU, TIMEOUT)
 

@@ -17,7 +17,8 @@ class Ranking(Metric):
     """Keeps scores (N,), targets (N,) and group numbers (N,) of a split; a mean over its groups.
 
     A target says how relevant an item is, 0 for not at all. A group may be spread over
-    micro-batches and ranks. One without a relevant item counts as 0.
+    micro-batches and ranks. One without a relevant item counts as 0. A score that is NaN makes the
+    value NaN, for it is neither before nor after another.
     """
 
     scores: list[Tensor]
@@ -38,6 +39,8 @@ class Ranking(Metric):
         # On the CPU, which adds up in one order.
         groups: Tensor = torch.unique(torch.cat(self.groups).cpu(), return_inverse=True)[1]
         scores, targets = torch.cat(self.scores).cpu(), torch.cat(self.targets).cpu()
+        if scores.isnan().any():
+            return torch.tensor(torch.nan, dtype=torch.float64)
         return self.of_groups(scores.double(), targets.double(), groups).mean()
 
     @abstractmethod
