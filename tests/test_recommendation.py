@@ -171,6 +171,19 @@ def test_parquet_and_numbers_as_names() -> None:
     assert found.item_names == [f"i{i}" for i in range(9)]
 
 
+@pytest.mark.parametrize("kind", [pyarrow.int64(), pyarrow.uint64(), pyarrow.decimal128(20, 0)])
+def test_whole_numbers_that_float64_has_not_are_names_of_their_own(kind: pyarrow.DataType) -> None:
+    users = [2**60 + user for user in range(3) for _ in range(3)]
+    columns = {"who": pyarrow.array(users).cast(kind), "what": ["i0", "i1", "i2"] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(columns), "t.parquet")
+    found = Interactions("train", "t.parquet", "who", "what")
+    assert found.user_names == [str(2**60 + user) for user in range(3)]
+    columns["who"] = pyarrow.array([*users[:8], None]).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table(columns), "t.parquet")
+    with pytest.raises(Refused, match="row 9 has no value in column 'who'"):
+        Interactions("train", "t.parquet", "who", "what")
+
+
 def test_negatives_are_drawn_by_epoch_and_sample_alone() -> None:
     data = Interactions("train", table(every_pair(12, 9)), "who", "what", negatives=50)
     source = Source("train", data, Plan(len(data), len(data), 4, seed=3))

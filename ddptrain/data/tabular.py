@@ -85,9 +85,14 @@ class TabularFile:
 
     def texts(self, name: str) -> Texts:
         """A column as str, shape (rows,); a whole number as "3", not "3.0"."""
-        column = self._typed(name)
-        if self._is_string(column):
-            return cast("Texts", self._arrow.compute.fill_null(column, "").to_numpy())
+        column, types = self._typed(name), self._arrow.types
+        # Not by way of float64, which takes whole numbers from 2⁵³ on for each other.
+        is_whole = types.is_integer(column.type)
+        is_whole |= types.is_decimal(column.type) and column.type.scale == 0
+        if is_whole or self._is_string(column):
+            compute = self._arrow.compute
+            texts = compute.fill_null(compute.cast(column, self._arrow.string()), "")
+            return cast("Texts", texts.to_numpy())
         numbers, positions = np.unique(self.numbers(name), return_inverse=True)
         return np.array([number_name(value) for value in numbers], dtype=object)[positions]
 
