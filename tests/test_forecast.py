@@ -121,6 +121,20 @@ def test_a_change_is_by_mean_and_deviation_of_training() -> None:
     assert scaled.tensors[1].std() / test.tensors[1].std() == pytest.approx(1 / moves[3:141].std())
 
 
+@given(step=st.floats(1e-3, 1e3), start=st.floats(0, 1e3), is_log=st.booleans())
+def test_changes_that_differ_by_rounding_alone_are_not_divided_by_it(
+    step: float, start: float, is_log: bool
+) -> None:
+    """A series that goes up by the same from row to row, or grows by the same rate."""
+    values = (2 + step / 1e3) ** np.arange(40.0) if is_log else start + step * np.arange(40)
+    parts, logs = Split(3, 2, [0.5, 0.25, 0.25], None, None), ("x",) if is_log else ()
+    for samples in splits_of(columns_of(values), parts, logs).values():
+        assert samples.scale == 1
+        assert samples.tensors[0].abs().max() < 1e-6
+    values[17] *= 1.01
+    assert splits_of(columns_of(values), parts, logs)["train"].scale != 1
+
+
 def write(rows: list[str], name: str = "sales.csv", header: str = "month,sold,price") -> str:
     Path(name).write_text("\n".join([header, *rows]) + "\n")
     return name

@@ -84,6 +84,15 @@ def test_numbers_are_standardised_by_training_rows_alone() -> None:
     assert torch.equal(Table("train", path, "y").tensors[0], found[0].tensors[0])
 
 
+def test_a_column_that_training_has_one_value_of_is_not_divided_by_rounding() -> None:
+    path = write("x,part,y\n" + "0.1,train,a\n0.1,train,b\n" * 3 + "0.2,val,a\n0.1,val,b\n")
+    val = Table("val", path, "y", split_column="part")
+    assert val.tensors[0].flatten().tolist() == pytest.approx([0.1, 0])
+    rows = "".join(f"{10**9 + i % 2},train,{'ab'[i % 2]}\n" for i in range(6))
+    training = Table("train", write("x,part,y\n" + rows), "y", split_column="part")
+    assert training.tensors[0].flatten().tolist() == [-1, 1] * 3  # little beside it, but no noise
+
+
 def test_texts_are_one_hot_or_numbers_of_the_training_rows(caplog: Any) -> None:
     path = write(
         "kind,part,y\n" + "red ,train,1\nblue,train,0\n green,train,1\nblue,val,0\nblack,val,1\n"

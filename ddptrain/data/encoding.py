@@ -12,6 +12,8 @@ from ddptrain.data.tabular import Floats, Texts
 from ddptrain.errors import Refused
 
 MANY_CATEGORIES = 20
+ROUNDING = 1e-12
+"""Of a number, more than float64 loses in a few sums: it has 16 digits."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,16 @@ class Standardised:
     deviation: float
 
     @classmethod
-    def of(cls, name: str, seen: Floats) -> Standardised:
-        """Learn from the training rows. Raises ``Refused`` if none of them has a value."""
+    def of(cls, name: str, seen: Floats, computed_from: Floats | None = None) -> Standardised:
+        """Learn from the training rows. Raises ``Refused`` if none of them has a value.
+
+        ``computed_from`` are the numbers whose rounding those of ``seen`` have, if not their own.
+        """
         known = seen[~np.isnan(seen)]
         if not known.size:
             raise Refused(f"column {name!r} has no value in any row of training; exclude it")
-        # A column that is the same in all rows becomes 0, not infinite.
-        return cls(name, float(known.mean()), float(known.std()) or 1.0)
+        deviation = deviation_of(known, known if computed_from is None else computed_from)
+        return cls(name, float(known.mean()), deviation)
 
     @property
     def names(self) -> list[str]:
@@ -80,6 +85,15 @@ class Categories:
         if not self.one_hot:
             return (numbers + 1).astype(np.float32)[:, None]
         return np.equal.outer(numbers, np.arange(len(self.known))).astype(np.float32)
+
+
+def deviation_of(values: Floats, computed_from: Floats) -> float:
+    """The standard deviation; 1 if ``values`` are the same but for rounding, which is no scale.
+
+    ``computed_from`` are the numbers that were rounded: of differences, what they are of.
+    """
+    deviation = float(values.std())
+    return deviation if deviation > ROUNDING * np.abs(computed_from).max() else 1.0
 
 
 def number_texts(texts: Texts, known: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ddptrain.data.dates import Dates, end_of, shown
-from ddptrain.data.encoding import Standardised
+from ddptrain.data.encoding import Standardised, deviation_of
 from ddptrain.data.splits import SPLITS, check_split, ordered_ends
 from ddptrain.data.tabular import Floats
 from ddptrain.errors import Refused
@@ -110,7 +110,8 @@ class WalkForward(TensorDataset):
         self.known = ends["val" if split == "test" else "train"]
         self.scale = 1.0
         if scale_target:
-            self.scale = float(self._changes(parts.origins("train", ends)).std()) or 1.0
+            changes = self._changes(parts.origins("train", ends))
+            self.scale = deviation_of(changes, self.series[: ends["train"]])
         windows = np.stack(
             [past[origin - parts.window : origin].ravel() for origin in self.origins]
         )
@@ -169,4 +170,5 @@ def _level(columns: Columns, name: str, is_log: bool) -> Floats:
 def _steps(name: str, level: Floats, training: int) -> npt.NDArray[np.float32]:
     """The changes from row to row, float32, by mean and deviation of the training rows."""
     changes = np.diff(level)
-    return Standardised.of(name, changes[: training - 1]).encode(changes)[:, 0]
+    seen = Standardised.of(name, changes[: training - 1], level[:training])
+    return seen.encode(changes)[:, 0]
