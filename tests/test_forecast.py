@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import pytest
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 from ddptrain.compose import compose
 from ddptrain.data import Series
 from ddptrain.data.baselines import arima_forecasts
+from ddptrain.data.dates import read_dates
 from ddptrain.data.sets import Macrodata
 from ddptrain.data.splits import SPLITS
+from ddptrain.data.tabular import TabularFile
 from ddptrain.data.walk_forward import Columns, Split, WalkForward
 from ddptrain.errors import Refused
 from ddptrain.launch.worker import TIMEOUT
@@ -179,6 +182,51 @@ def test_dates_may_be_parquets_own_or_text() -> None:
         found.append(Series("train", "t.parquet", "d", "v", 3))
     for other in found[1:]:
         assert all(map(torch.equal, found[0].tensors, other.tensors))
+
+
+def write_dates(dates: Any) -> Given:
+    values = [float(i * i % 11) for i in range(len(dates))]
+    pyarrow.parquet.write_table(pyarrow.table({"d": dates, "v": values}), "t.parquet")
+    return {"path": "t.parquet", "date": "d", "value": "v", "window": 3}
+
+
+def test_a_day_is_that_of_the_rows_own_time_zone() -> None:
+    """At midnight in Berlin it is still the day before in Greenwich."""
+    days = pyarrow.array(np.datetime64("2008-12-01") + np.arange(40))
+    local = pyarrow.compute.assume_timezone(days.cast("timestamp[us]"), "Europe/Berlin")
+    for dates in (days, local):
+        test = Series("test", **write_dates(dates), until=2008)
+        assert (test.origins.start, test.known) == (30, 31)
+
+
+@pytest.mark.parametrize(
+    ("until", "known"), [("2020-10-25T01:59", 24), ("2020-10-25T02:29", 25), ("2020-10-25", 70)]
+)
+def test_the_hour_that_a_clock_shows_twice_is_no_error(until: str, known: int) -> None:
+    first = np.datetime64("2020-10-24T12:00", "us")
+    dates = pyarrow.array(first + np.arange(80) * np.timedelta64(30, "m"))
+    dates = dates.cast(pyarrow.timestamp("us", "UTC")).cast(
+        pyarrow.timestamp("us", "Europe/Berlin")
+    )
+    write_dates(dates)
+    parts = Split(3, 1, [0.7, 0.15, 0.15], until, None)
+    assert parts.ends(read_dates(TabularFile("t.parquet"), "d"))["val"] == known
+
+
+def test_rows_may_be_less_than_a_second_apart() -> None:
+    first = np.datetime64("2020-01-01T00:00:00", "ns")
+    for step in (10**8, 1):  # 100 ms, and what is no whole microsecond
+        dates = first + np.arange(30) * np.timedelta64(step, "ns")
+        assert len(Series("train", **write_dates(pyarrow.array(dates)))) == 17
+    dates[9] = dates[8]
+    with pytest.raises(Refused, match=r"row 10: the date 2020-01-01T00:00:00.000000008 in .*twice"):
+        Series("train", **write_dates(pyarrow.array(dates)))
+    dates[9] = dates[7]
+    with pytest.raises(Refused, match=r"00007 in column 'd' comes after 2020-01-01T00:00:00.00000"):
+        Series("train", **write_dates(pyarrow.array(dates)))
+    unknown = pyarrow.array(dates).cast(pyarrow.timestamp("ns", "Nowhere/Land"))
+    with pytest.raises(Refused, match=r"does not know \(.*Nowhere/Land.*\); install tzdata, or"):
+        Series("train", **write_dates(unknown))
 
 
 ROWS = months(40)

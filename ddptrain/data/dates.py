@@ -11,38 +11,32 @@ from ddptrain.data.tabular import TabularFile
 from ddptrain.errors import Refused
 
 Dates = npt.NDArray[np.datetime64]
-"""To the second, shape (rows,)."""
+"""To the second, in the rows' own time zone if they have one, shape (rows,)."""
 ISO = re.compile(r"\d{4}(-\d{2}(-\d{2}([T ]\d{2}:\d{2}(:\d{2})?)?)?)?")
 
 
 def read_dates(file: TabularFile, name: str) -> Dates:
     """A column of dates, in Parquet also as its own type. Raises ``Refused``, with file and row.
 
-    A date that is there twice, or comes before that of the row above, is refused, too.
+    A moment that is there twice, or comes before that of the row above, is refused, too.
     """
-    import pyarrow
-
-    column = file.columns[name]
-    if pyarrow.types.is_date(column.type) or pyarrow.types.is_timestamp(column.type):
-        seconds = column.cast(pyarrow.timestamp("us")).to_numpy().astype("datetime64[s]")
-        dates = np.asarray(seconds)
-    else:
-        texts = enumerate(file.texts(name))
-        dates = np.array([_date(file, name, row, text) for row, text in texts], "datetime64[s]")
+    moments, dates = _moments_and_dates(file, name)
     for row in np.flatnonzero(np.isnat(dates)):
         raise Refused(
             f"{file.path}: {file.place(int(row))} has no date in column {name!r}; fill it in, or "
             "take the row out"
         )
-    for row in np.flatnonzero(dates[1:] <= dates[:-1]):
+    # Not by the dates: a zone whose clocks are put back has an hour twice.
+    for row in np.flatnonzero(moments[1:] <= moments[:-1]):
         date, before = dates[row + 1], dates[row]
-        what = "is there twice" if date == before else f"comes after {shown(before)}"
-        remedy = "take one of the rows out" if date == before else "sort the rows by their date"
+        is_same = moments[row + 1] == moments[row]
+        what = "is there twice" if is_same else f"comes after {shown(before)}"
+        remedy = "take one of the rows out" if is_same else "sort the rows by their date"
         raise Refused(
             f"{file.path}: {file.place(int(row) + 1)}: the date {shown(date)} in column {name!r} "
             f"{what}; {remedy}"
         )
-    return dates
+    return dates.astype("datetime64[s]")
 
 
 def end_of(key: str, text: str) -> np.datetime64:
@@ -55,8 +49,31 @@ def end_of(key: str, text: str) -> np.datetime64:
 
 
 def shown(date: np.datetime64) -> str:
-    """A date without a time that is midnight."""
-    return str(date).removesuffix("T00:00:00")
+    """A date without a time that is midnight, nor more digits of a second than it needs."""
+    text = str(date)
+    text = text.rstrip("0").removesuffix(".") if "." in text else text
+    return text.removesuffix("T00:00:00")
+
+
+def _moments_and_dates(file: TabularFile, name: str) -> tuple[Dates, Dates]:
+    """When the rows were, as precise as they are: of all time zones alike, and in their own."""
+    from pyarrow import ArrowInvalid, compute, types
+
+    column = file.columns[name]
+    if not types.is_date(column.type) and not types.is_timestamp(column.type):
+        texts = enumerate(file.texts(name))
+        dates = np.array([_date(file, name, row, text) for row, text in texts], "datetime64[s]")
+        return dates, dates
+    moments = np.asarray(column.to_numpy())
+    if types.is_date(column.type) or column.type.tz is None:
+        return moments, moments
+    try:
+        return moments, np.asarray(compute.local_timestamp(column).to_numpy())
+    except ArrowInvalid as error:
+        raise Refused(
+            f"{file.path}: column {name!r} is of type {column.type}, whose time zone this machine "
+            f"does not know ({error}); install tzdata, or write the dates without a zone"
+        ) from None
 
 
 def _date(file: TabularFile, name: str, row: int, text: str) -> np.datetime64:

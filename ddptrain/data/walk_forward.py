@@ -55,7 +55,9 @@ class Split:
         training, known = ordered_ends(rows, self.fractions)
         if self.until is not None:
             share = training / known if known else 0.0
-            known = int(np.searchsorted(dates, end_of("until", str(self.until))))
+            # Up to the first date after it: a clock that is put back shows some again.
+            later = np.flatnonzero(dates >= end_of("until", str(self.until)))
+            known = int(later[0]) if later.size else rows
             training = round(known * share)
         test = rows if self.test_rows is None else min(rows, known + self.test_rows)
         return dict(zip(SPLITS, (training, known, test), strict=True))
