@@ -211,8 +211,41 @@ WRONG: dict[str, tuple[str, str, Given, str]] = {
         "correct it, or take it out",
     ),
     "one interaction each": (
-        "who,what", "a,x\nb,x\nc,y", {"split": "test"},
-        "t.csv: split test comes out empty, for a user needs three items for one of them",
+        "who,what", "\n".join(f"u{user},x" for user in range(20)), {"split": "test"},
+        "t.csv: split test comes out empty: no user has three items, one each for train, val and "
+        "test; take more rows, or set data.test=null",
+    ),
+    "items of one user": (
+        "who,what", "\n".join(f"a,i{item}" for item in range(20)), {"split": "test"},
+        "one interaction of each item stays in train, which leaves users with three items none to",
+    ),
+    "nothing left by test": (
+        "who,what", "a,x\na,y\na,z" + "".join(f"\nu{user},x" for user in range(20)),
+        {"split": "val"},
+        "one interaction of each item stays in train, which leaves users with three items one at "
+        "most, for test; take more rows, or set data.val=null",
+    ),
+    "no row of val": (
+        "who,what,part", "a,x,train\na,y,test", SAID | {"split": "val"},
+        "t.csv: no row has 'val' in column 'part'; set data.val=null if there is no such split",
+    ),
+    "no row of train": (
+        "who,what,part", "a,x,val\na,y,val", SAID | {"split": "val"},
+        "t.csv: no row has 'train' in column 'part'",
+    ),
+    "no user of train": (
+        "who,what", every_pair(9, 9), {"split_by": "user", "fractions": [0, 0.5, 0.5],
+                                       "split": "val"},
+        "t.csv: fractions=[0, 0.5, 0.5] of 9 users leave none for train; choose others",
+    ),
+    "no user of val": (
+        "who,what", every_pair(1, 9), {"split_by": "user", "split": "val"},
+        "t.csv: fractions=[0.7, 0.15, 0.15] of 1 users leave none for val; choose others",
+    ),
+    "users of val have what nobody has": (
+        "who,what", "\n".join(f"u{i},i{2 * i}\nu{i},i{2 * i + 1}" for i in range(20)),
+        {"split_by": "user", "split": "val"},
+        "t.csv: split val comes out empty: none of its users has two items that users of train",
     ),
     "an item only in test": (
         "who,what,part", "a,x,train\na,y,train\na,z,test", SAID,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddptrain.data.hold_out import (
+    FEWEST,
     GIVEN,
     TEST,
     TRAIN,
@@ -21,7 +22,7 @@ from ddptrain.data.hold_out import (
     hold_out_users,
     numbered_negatives,
 )
-from ddptrain.data.splits import SPLITS, check_split
+from ddptrain.data.splits import SPLITS, check_split, no_samples, split_indices
 from ddptrain.errors import Refused
 
 SHOWN = 8
@@ -66,12 +67,6 @@ class Feedback(Dataset[dict[str, Tensor]]):
     ) -> None:
         role = SPLITS.index(split)
         mine = np.flatnonzero(observed.roles == role)
-        if not mine.size:
-            raise Refused(
-                f"{where}: split {split} comes out empty, for a user needs three items for one of "
-                f"them to be held out in val and one in test; take more rows, or set data.{split}="
-                "null"
-            )
         shown = [TRAIN, GIVEN, VAL] if role == TEST else [TRAIN, GIVEN]
         self.user_names, self.item_names = observed.user_names, observed.item_names
         self.is_training = role == TRAIN
@@ -149,15 +144,44 @@ class _ByUser:
 
 
 def divide(
-    split: str, users: Indices, items: Indices, split_by: str, fractions: Sequence[float]
+    where: str,
+    split: str,
+    users: Indices,
+    items: Indices,
+    split_by: str,
+    fractions: Sequence[float],
 ) -> Indices:
-    """A role for each interaction, int64, shape (N,). Raises ``Refused`` at what is no choice."""
+    """A role for each interaction, int64, shape (N,).
+
+    Raises ``Refused`` at what is no choice, and with the reason if nothing is left for training or
+    for ``split``.
+    """
     check_split(split)
     if split_by not in SPLIT_BY:
         raise Refused(f"split_by: expected one of {', '.join(SPLIT_BY)}, got {split_by!r}")
-    if split_by == "interaction":
-        return hold_out_interactions(users, items)
-    return hold_out_users(users, items, fractions)
+    if split_by == "user":
+        count = int(users.max()) + 1
+        for needed in ("train", split):
+            if not split_indices(count, needed, fractions).size:
+                raise no_samples(where, needed, fractions, f"{count} users")
+        roles = hold_out_users(users, items, fractions)
+    else:
+        roles = hold_out_interactions(users, items)
+    if (roles == SPLITS.index(split)).any():
+        return roles
+    raise Refused(
+        f"{where}: split {split} comes out empty: {_why_empty(split, users, roles, split_by)}; "
+        f"take more rows, or set data.{split}=null"
+    )
+
+
+def _why_empty(split: str, users: Indices, roles: Indices, split_by: str) -> str:
+    if split_by == "user":
+        return "none of its users has two items that users of train have as well"
+    if np.bincount(users).max() < FEWEST:
+        return "no user has three items, one each for train, val and test"
+    kept = "one interaction of each item stays in train, which leaves users with three items"
+    return f"{kept} {'one at most, for test' if (roles == TEST).any() else 'none to hold out'}"
 
 
 def _check_sizes(where: str, observed: Observed, users: int | None, items: int | None) -> None:

@@ -51,9 +51,9 @@ class Interactions(Feedback):
         pairs = _Pairs.of(_named(file, user), _named(file, item))
         weights = pairs.sums(_weights(file, weight))
         if split_column is None:
-            roles = divide(split, pairs.users, pairs.items, split_by, fractions)
+            roles = divide(path, split, pairs.users, pairs.items, split_by, fractions)
         else:
-            roles = _said_roles(file, split_column, pairs)
+            roles = _said_roles(file, split_column, split, pairs)
         weights /= weights[roles == TRAIN].mean()
         observed = Observed(
             *(pairs.users, pairs.items, roles, weights.astype(np.float32)),
@@ -101,9 +101,9 @@ def _weights(file: TabularFile, column: str | None) -> Floats:
     return weights
 
 
-def _said_roles(file: TabularFile, split_column: str, pairs: _Pairs) -> Indices:
+def _said_roles(file: TabularFile, split_column: str, split: str, pairs: _Pairs) -> Indices:
     """The roles by a column of splits. Raises ``Refused`` where training lacks what is asked."""
-    roles_of_rows = number_texts(said_splits(file, split_column), SPLITS)
+    roles_of_rows = number_texts(said_splits(file, split_column, ("train", split)), SPLITS)
     roles = np.empty(len(pairs.users), dtype=np.int64)
     roles[pairs.of_rows] = roles_of_rows
     _refuse_rows(

@@ -48,10 +48,11 @@ class StandardLibraryImports(Feedback):
         numbers = {name: number for number, name in enumerate(item_names)}
         users_of = np.repeat(np.arange(len(of_users)), [len(has) for has in of_users.values()])
         items_of = np.array([numbers[item] for has in of_users.values() for item in has])
-        roles = divide(split, users_of, items_of, split_by, FRACTIONS)
+        where = "the standard library"
+        roles = divide(where, split, users_of, items_of, split_by, FRACTIONS)
         weights = np.ones(len(users_of), dtype=np.float32)
         observed = Observed(users_of, items_of, roles, weights, list(of_users), item_names)
-        super().__init__(split, "the standard library", observed, users, items, negatives)
+        super().__init__(split, where, observed, users, items, negatives)
 
 
 @cache

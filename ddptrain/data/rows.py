@@ -141,17 +141,14 @@ def _rows_of(
         if not rows.size:
             raise no_samples(file.path, split, fractions, f"{file.length} rows")
         return rows
-    rows = np.flatnonzero(said_splits(file, split_column) == split)
-    if not rows.size:
-        raise Refused(
-            f"{file.path}: no row has {split!r} in column {split_column!r}; set data.{split}=null "
-            "if there is no such split"
-        )
-    return rows
+    return np.flatnonzero(said_splits(file, split_column, (split,)) == split)
 
 
-def said_splits(file: TabularFile, split_column: str) -> Texts:
-    """The split that a column names for each row. Raises ``Refused`` at what is none."""
+def said_splits(file: TabularFile, split_column: str, needed: Iterable[str]) -> Texts:
+    """The split that a column names for each row.
+
+    Raises ``Refused`` at what is none, and if no row is of one of those ``needed``.
+    """
     file.check_column(split_column, "split_column")
     said = file.texts(split_column)
     for row in np.flatnonzero(~np.isin(said, np.array(SPLITS, dtype=object))):
@@ -159,6 +156,12 @@ def said_splits(file: TabularFile, split_column: str) -> Texts:
             f"{file.path}: {file.place(int(row))}: {said[row]!r} in column {split_column!r} "
             f"is no split{suggest(said[row], list(SPLITS))}"
         )
+    for split in needed:
+        if not (said == split).any():
+            raise Refused(
+                f"{file.path}: no row has {split!r} in column {split_column!r}; set "
+                f"data.{split}=null if there is no such split"
+            )
     return said
 
 
