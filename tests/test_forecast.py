@@ -251,6 +251,9 @@ WRONG: dict[str, tuple[list[str], Given, str]] = {
     "value": (ROWS, {"value": "solt"}, "value: sales.csv has no column 'solt'; did you mean sold?"),
     "date": (ROWS, {"date": "mont"}, "date: sales.csv has no column 'mont'; did you mean month?"),
     "features": (ROWS, {"features": ["cost"]}, "features: sales.csv has no column 'cost'"),
+    "no list": (ROWS, {"features": "price"},
+                "features: expected a list of texts, such as [one, two], got 'price'"),
+    "no list of log": (ROWS, {"log": "sold"}, "log: expected a list of texts, such as"),
     "window": (ROWS, {"window": 0}, "window: expected a number above 0, got 0"),
     "until": (ROWS, {"until": "May"}, "until: expected a date such as 2009-07-01, 2009-07 or 2009"),
     "too early": (ROWS, {"until": "1980"}, "40 rows, to 1993-04-01, train has 0, too few for"),
@@ -268,6 +271,12 @@ def test_what_cannot_be_forecast_from_is_refused_with_its_place(case: str) -> No
         Series("train", **(SALES | options))
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_columns_of_macrodata_are_a_list() -> None:
+    for key in ("features", "log"):
+        with pytest.raises(Refused, match=f"{key}: expected a list of texts, .* got 'unemp'"):
+            Macrodata("train", "unemp", 4, **{key: "unemp"})
 
 
 def test_a_series_that_is_too_short_says_which_split_and_what_to_do() -> None:

@@ -350,7 +350,7 @@ def test_tokenizers_of_transformers() -> None:
         ({"vocabulary": 99}, "has 258 tokens, but model.config.vocab_size=99; set"),
         ({"text": "stars"}, "text: column 'stars' of reviews.csv is of int64, not text"),
         ({"columns": ["opinion"]}, "columns: 'opinion' of reviews.csv is of type .*string"),
-        ({"columns": "stars"}, r"columns: expected a list, such as \[stars\]"),
+        ({"columns": "stars"}, r"columns: expected a list of texts, such as \[one, two\], got 'st"),
         ({"text": None}, "text: name the column of texts, or under columns those of numbers"),
         ({"pack": True}, "pack: it joins texts for a language model"),
         ({"columns": ["input_ids"]}, "columns: input_ids and attention_mask come of text"),

@@ -260,6 +260,10 @@ WRONG: dict[str, tuple[str, str, Given, str]] = {
         "is in another split than a row of the same user and item",
     ),
     "no split": ("who,what,part", "a,x,trian", SAID, "'trian' in column 'part' is no split; did"),
+    "no list": (
+        "who,what", "a,x", {"missing_values": "na"},
+        "missing_values: expected a list of texts, such as [one, two], got 'na'",
+    ),
     "no way to split": (
         "who,what", "a,x", {"split_by": "itm"}, "split_by: expected one of interaction, user, got",
     ),

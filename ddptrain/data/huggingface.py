@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ddptrain.data.labels import read_labels
 from ddptrain.data.local_files import Part, read_parts
 from ddptrain.data.splits import FRACTIONS, check_split
+from ddptrain.data.tabular import check_lists
 from ddptrain.data.tokens import Tokens, tokens_of
 from ddptrain.errors import Refused
 
@@ -110,8 +111,7 @@ def _check_wishes(
     positions: int | None,
 ) -> None:
     """Refuse what does not go together, before anything is read. Raises ``Refused``."""
-    if isinstance(columns, str):
-        raise Refused(f"columns: expected a list, such as [{columns}], got {columns!r}")
+    check_lists({"columns": columns})
     if text is None and not columns:
         raise Refused("text: name the column of texts, or under columns those of numbers")
     if text is not None and length is None:

@@ -13,7 +13,7 @@ from ddptrain.data.feedback import Feedback, Observed, divide
 from ddptrain.data.hold_out import TRAIN, Indices
 from ddptrain.data.rows import said_splits
 from ddptrain.data.splits import FRACTIONS, SPLITS, check_split
-from ddptrain.data.tabular import Floats, TabularFile, Texts
+from ddptrain.data.tabular import Floats, TabularFile, Texts, check_lists
 from ddptrain.errors import Refused
 
 
@@ -44,6 +44,7 @@ class Interactions(Feedback):
         items: int | None = None,
     ) -> None:
         check_split(split)
+        check_lists({"missing_values": missing_values})
         file = TabularFile(path, missing_values, delimiter)
         for key, column in {"user": user, "item": item, "weight": weight}.items():
             if column is not None:

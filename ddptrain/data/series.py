@@ -8,7 +8,7 @@ import numpy as np
 
 from ddptrain.data.dates import read_dates
 from ddptrain.data.splits import FRACTIONS
-from ddptrain.data.tabular import Floats, TabularFile
+from ddptrain.data.tabular import Floats, TabularFile, check_lists
 from ddptrain.data.walk_forward import Columns, Split, WalkForward
 from ddptrain.errors import Refused
 
@@ -39,6 +39,7 @@ class Series(WalkForward):
         outputs: int | None = None,
         loss: str | None = None,
     ) -> None:
+        check_lists({"features": features, "log": log})
         file = TabularFile(path, delimiter=delimiter)
         file.check_column(date, "date")
         file.check_column(value, "value")

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ddptrain.data.library import source_files
 from ddptrain.data.series import check_log
 from ddptrain.data.splits import FRACTIONS, split_indices
+from ddptrain.data.tabular import check_lists
 from ddptrain.data.texts import Windows, joined
 from ddptrain.data.walk_forward import Columns, Split, WalkForward
 from ddptrain.errors import Refused
@@ -101,6 +102,7 @@ class Macrodata(WalkForward):
         outputs: int | None = None,
         loss: str | None = None,
     ) -> None:
+        check_lists({"features": features, "log": log})
         try:
             from statsmodels.datasets import macrodata
         except ModuleNotFoundError:

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from ddptrain.data.encoding import Categories, Standardised
 from ddptrain.data.rows import Parts, read_parts
 from ddptrain.data.splits import FRACTIONS
+from ddptrain.data.tabular import check_lists
 from ddptrain.data.target import (
     check_regression,
     class_names_of,
@@ -68,7 +69,7 @@ class Table(TensorDataset):
         if standardise_target and not regression:
             raise Refused("standardise_target: a class is no number; set regression=true for one")
         lists = {"exclude": exclude, "categorical": categorical, "missing_values": missing_values}
-        _check_lists(lists if features is None else lists | {"features": features})
+        check_lists(lists if features is None else lists | {"features": features})
         parts = read_parts(path, split, split_column, fractions, missing_values, delimiter)
         parts.check_columns("target", [target])
         parts.check_columns("exclude", exclude)
@@ -98,13 +99,6 @@ def _check_choices(**chosen: str) -> None:
     for key, value in chosen.items():
         if value not in CHOICES[key]:
             raise Refused(f"{key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")
-
-
-def _check_lists(lists: Mapping[str, object]) -> None:
-    for key, names in lists.items():
-        is_list = isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)
-        if not is_list:
-            raise Refused(f"{key}: expected a list of texts, such as [one, two], got {names!r}")
 
 
 def _read(

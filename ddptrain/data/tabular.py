@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,6 +194,14 @@ class TabularFile:
             f"{self.path}: {self.place(row)}: {value!r} in column {name!r}, which is of numbers; "
             f"{remedy or of_tables}"
         )
+
+
+def check_lists(lists: Mapping[str, object]) -> None:
+    """Refuse what is no list of texts; one text would be taken letter by letter."""
+    for key, names in lists.items():
+        is_list = isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)
+        if not is_list:
+            raise Refused(f"{key}: expected a list of texts, such as [one, two], got {names!r}")
 
 
 def number_name(value: float) -> str:
