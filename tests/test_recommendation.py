@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import train
+from measured import values_on
 from one_process import taken, train_here
 from own_files import write_example
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ from ddptrain.errors import Refused
 from ddptrain.models import MatrixFactorisation, TwoTower
 from ddptrain.state import fingerprint
 from ddptrain.tasks import Recommendation
-from ddptrain.tasks.ranking_metrics import NDCG, HitRate
+from ddptrain.tasks.ranking_metrics import MRR, NDCG, HitRate
+from ddptrain.tasks.recommendation import Name
 
 Given = dict[str, Any]
 SHORT = ["train.max_epochs=8", "eval.every_steps=null", "checkpoint.keep_best=0"]
@@ -370,6 +372,53 @@ def test_metrics_are_those_worked_out_by_hand() -> None:
     task(batch).sum.backward()
     gradient = task.model.scores.grad
     assert torch.equal(gradient == 0, batch["known"])
+
+
+@settings(max_examples=100)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.tuples(st.integers(1, 9), st.integers(2, 12)),
+    distinct=st.sampled_from([1, 3, 1000]),
+    odd=st.sampled_from([None, -math.inf, math.inf, math.nan]),
+    ranks=st.integers(1, 3),
+    micro=st.integers(1, 4),
+    k=st.integers(1, 14),
+)
+def test_metrics_are_those_of_all_users_and_items_in_one_place(
+    seed: int, size: tuple[int, int], distinct: int, odd: float, ranks: int, micro: int, k: int
+) -> None:
+    """On any number of ranks, with ties, and with users who have nothing to be found or ranked."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-distinct, distinct, size, generator=generator) / 2
+    if odd is not None:
+        scores[torch.rand(size, generator=generator) < 0.1] = odd
+    known, relevant = torch.rand(2, *size, generator=generator) < torch.tensor([[[0.4]], [[0.3]]])
+    known[0, :2], known[-1, 1:] = False, True
+    users = torch.arange(size[0])
+    data: Any = [{"user": user, "known": known[user], "relevant": relevant[user]} for user in users]
+    names = {"hit_rate": HitRate(k), "ndcg": NDCG(k), "mrr": MRR()}
+
+    def task() -> Recommendation:
+        general = [{f"general_{name}": metric} for name, metric in names.items()]
+        return Recommendation(Said(scores.tolist()), "bpr", k, [*get_args(Name), *general])
+
+    found = values_on(ranks, task, (data,), micro)
+    alone = values_on(1, task, (data,), micro)
+    for name in names:
+        assert found[name] == pytest.approx(found[f"general_{name}"], abs=1e-6, nan_ok=True)
+        assert found[name] == pytest.approx(alone[name], abs=0, rel=0, nan_ok=True)
+
+
+def test_an_evaluation_keeps_two_numbers_of_a_micro_batch() -> None:
+    task = Recommendation(Said([[1.0] * 50] * 20))
+    metrics = task.metrics()
+    nothing = torch.zeros(20, 50, dtype=torch.bool)
+    batch = {"user": torch.arange(20), "known": nothing, "relevant": nothing.clone()}
+    batch["relevant"][:, 7] = True
+    task.update(metrics, batch)
+    for metric in metrics.values():
+        states = [t for kept in metric.metric_state.values() for t in kept]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in states) <= 16
 
 
 def training(**more: Tensor) -> dict[str, Tensor]:

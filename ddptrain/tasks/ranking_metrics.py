@@ -10,6 +10,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
 
 
@@ -107,3 +108,33 @@ class NDCG(Ranking):
         tie = torch.cat([is_new.new_zeros(1), is_new]).cumsum(0)
         shared = weight.new_zeros(int(tie[-1]) + 1).index_add(0, tie, weight) / tie.bincount()
         return weight.new_zeros(len(sizes)).index_add(0, groups, targets * shared[tie])
+
+
+def first_ranks_of_rows(scores: Tensor, relevant: Tensor, is_answer: Tensor) -> Tensor:
+    """What ``first_ranks`` gives where each group is a row, whole: float64, shape (B,).
+
+    ``scores``, and ``relevant`` and ``is_answer``, bool, have shape (B, items); what is relevant is
+    an answer, and of what is none the score does not count. A row with a score that is NaN gives
+    NaN.
+    """
+    best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
+    ranks = 1 + (is_answer & ~relevant & (scores >= best)).sum(1).double()
+    ranks = ranks.where(relevant.any(1), torch.inf)
+    return ranks.masked_fill((is_answer & scores.isnan()).any(1), torch.nan)
+
+
+def gains_of_rows(scores: Tensor, relevant: Tensor, is_answer: Tensor, k: int) -> Tensor:
+    """What ``NDCG(k)`` gives for each row, as ``first_ranks_of_rows`` takes them: float64, (B,)."""
+    weights = 1 / (torch.arange(k, dtype=torch.float64) + 2).log2()
+    up_to = functional.pad(weights.cumsum(0), (1, 0)).to(scores.device)
+    items, found = scores.shape[1], relevant.sum(1)
+    own = scores.masked_fill(~relevant, -torch.inf).topk(int(found.max())).values
+    ordered = scores.masked_fill(~is_answer, -torch.inf).sort(dim=1).values
+    above = items - torch.searchsorted(ordered, own, right=True)
+    with_ties = items - torch.searchsorted(ordered, own)
+    with_ties = with_ties.minimum(is_answer.sum(1, keepdim=True))  # -∞ is also what is no answer
+    shared = (up_to[with_ties.clamp(max=k)] - up_to[above.clamp(max=k)]) / (with_ties - above)
+    is_own = torch.arange(own.shape[1], device=own.device) < found.unsqueeze(1)
+    gains = shared.where(is_own, 0.0).sum(1)
+    gains = torch.where(relevant.any(1), gains / up_to[found.clamp(max=k)], 0.0)
+    return gains.masked_fill((is_answer & scores.isnan()).any(1), torch.nan)

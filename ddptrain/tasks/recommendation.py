@@ -34,9 +34,10 @@ class Recommendation(Task):
     Feedback*, UAI 2009).
 
     ``metrics`` are names, of the first ``k`` (but for ``mrr``, which has no end), or mappings of
-    names to other torchmetrics; these are updated with scores, float32, targets 0 or 1 and the
-    numbers of users, one for each user and item that is not known, (N,). An evaluation ranks all
-    items, and so keeps as many of each. Raises ``Refused`` for a name that there is not.
+    names to other torchmetrics. Those that have names are means over samples, of which each is
+    another user. The others are updated with scores, float32, targets 0 or 1 and the numbers of
+    users, one for each user and item that is not known, (N,), and may keep as many of each. Raises
+    ``Refused`` for a name that there is not.
     """
 
     def __init__(
@@ -85,20 +86,34 @@ class Recommendation(Task):
         return functional.softplus(others - scores).sum(1) / count
 
     def metrics(self) -> dict[str, Metric]:
-        from ddptrain.tasks.ranking_metrics import MRR, NDCG, HitRate
+        from ddptrain.tasks.mean import Mean
 
-        def known(name: str) -> Metric:
-            return MRR() if name == "mrr" else {"hit_rate": HitRate, "ndcg": NDCG}[name](self.k)
-
-        return super().metrics() | make(self.chosen, known)
+        return super().metrics() | make(self.chosen, lambda _: Mean())
 
     def update(self, metrics: dict[str, Metric], batch: Samples) -> None:
         user, known, relevant = batch["user"], batch["known"], batch["relevant"]
         scores = self.model(user, known).float()
         self.update_loss(metrics, self._of_held_out(scores, batch))
         is_answer = ~known
-        users = user.unsqueeze(1).expand_as(known)[is_answer]
-        # The same tensors for each metric, which are then gathered from the ranks once.
-        ranked = scores[is_answer], relevant[is_answer].long(), users
-        for name in self.chosen:
-            metrics[name].update(*ranked)
+        relevant = relevant & is_answer
+        count = is_answer.any(1).sum()
+        for name in (name for name, own in self.chosen.items() if own is None):
+            of_users = self._of_users(name, scores, relevant, is_answer)
+            metrics[name].update(of_users.sum(), count)
+        if others := [metrics[name] for name, own in self.chosen.items() if own is not None]:
+            users = user.unsqueeze(1).expand_as(known)[is_answer]
+            # The same tensors for each metric, which are then gathered from the ranks once.
+            ranked = scores[is_answer], relevant[is_answer].long(), users
+            for metric in others:
+                metric.update(*ranked)
+
+    def _of_users(self, name: str, scores: Tensor, relevant: Tensor, is_answer: Tensor) -> Tensor:
+        """A metric of each user, float64, (B,); 0 of one who has no item to be found."""
+        from ddptrain.tasks.ranking_metrics import first_ranks_of_rows, gains_of_rows
+
+        if name == "ndcg":
+            return gains_of_rows(scores, relevant, is_answer, self.k)
+        ranks = first_ranks_of_rows(scores, relevant, is_answer)
+        if name == "mrr":
+            return 1 / ranks
+        return (ranks <= self.k).double().where(~ranks.isnan(), torch.nan)
