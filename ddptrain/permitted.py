@@ -2,6 +2,8 @@
 
 - What modules of the user's own define may be named.
 - Of Python, torch, numpy and ddptrain, which can do anything, only what ``ONLY`` lists.
+- Of transformers, which also fetches, trains and runs what a folder brings along, only the classes
+  that ``TRANSFORMERS`` describes.
 - Of other installed packages, all but those in ``TOOLS``, whose business is to load, run or fetch,
   and what is called by one of ``VERBS`` or with one of ``WORDS`` in its name.
 
@@ -12,6 +14,7 @@ is no proof of what is left.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import sysconfig
 from functools import cache
@@ -59,15 +62,23 @@ ONLY = {
 NOT = ("torch.utils.data.datapipes", "torch.utils.data.graph")
 TOOLS = _words(
     """
-    IPython Cython absl aiohttp antlr4 boto3 cffi click cloudpickle comet_ml cupy dask dill
-    distributed docker execnet fabric fire flask fsspec functorch future gdown git grpc httpx
-    huggingface_hub hydra invoke ipykernel jinja2 joblib jsonpickle jupyter_client
-    lightning_utilities llvmlite mako markdown mlflow mpmath mypy mypyc ninja notebook numba
-    numexpr omegaconf paramiko pexpect pip pkg_resources plumbum psutil pydevd pyximport pytest
-    ray requests ruamel s3fs setuptools sh six sympy tensorboard torchgen tornado triton typer
-    urllib3 uvicorn wandb werkzeug wheel xdist yaml
+    Cython IPython absl aiohttp antlr4 boto3 cffi click cloudpickle comet_ml cupy dask datasets
+    dill distributed docker execnet fabric fire flask fsspec functorch future gdown git grpc
+    httpx huggingface_hub hydra invoke ipykernel jinja2 joblib jsonpickle jupyter_client
+    lightning_utilities llvmlite mako markdown mlflow mpmath multiprocess mypy mypyc ninja
+    notebook numba numexpr omegaconf pandas paramiko patsy pexpect pip pkg_resources plumbum
+    psutil pyarrow pydevd pytest pyximport ray requests ruamel s3fs setuptools sh six
+    statsmodels sympy tensorboard torchgen tornado triton typer urllib3 uvicorn wandb werkzeug
+    wheel xdist yaml
     """
 )
+"""Also what takes a text as code: formulas of patsy, and so of statsmodels, queries of pandas."""
+TRANSFORMERS = re.compile(
+    r"((models|configuration_utils|modeling_utils|tokenization_\w+)\.([a-z]\w*\.)*)?"
+    r"(?=[A-Z])\w*(Config|Model|For[A-Z]\w*|Tokenizer(Fast|Base)?|TokenizersBackend)"
+    r"(\.from_(pretrained|config))?"
+)
+"""What may be named of transformers: models, their configs, tokenizers, and these on disk."""
 VERBS = _words("call compile dump dumps load loads main open run save system test")
 """What an installed package calls so is refused, and what has one of ``WORDS`` in its name."""
 WORDS = _words(
@@ -99,6 +110,8 @@ def objection(name: str, node: dict[Any, Any]) -> str | None:
         return None
     elif root in TOOLS:
         return f"{root} loads, runs or fetches other things"
+    elif root == "transformers" and below and not TRANSFORMERS.fullmatch(below):
+        return "of transformers only models, their configs and tokenizers may be named"
     if last in VERBS or (last.islower() and WORDS & set(last.split("_"))):
         return "its name says that it loads, runs, fetches or writes something"
     for argument, value in UNSAFE.items():

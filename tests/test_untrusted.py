@@ -126,6 +126,17 @@ PACKAGES = [
     *("torch.nn.functional.importlib.import_module", "torch.utils.data.dataloader.os.system"),
     *("torch.nn.Linear.__init__.__globals__.get", "torch.nn.Module.__class__"),
     *("torch.optim.optimizer.functools.partial", "torch.nn.parallel.distributed.dist.new_group"),
+    *("patsy.dmatrix", "patsy.eval.EvalFactor", "statsmodels.formula.api.ols"),
+    *("statsmodels.datasets.get_rdataset", "pandas.DataFrame.query", "pandas.read_csv"),
+    *("pyarrow.OSFile", "pyarrow.fs.LocalFileSystem", "multiprocess.Process"),
+    *("datasets.load_dataset", "datasets.Dataset.from_generator", "datasets.DownloadManager"),
+    "transformers.dynamic_module_utils.get_class_in_module",
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    *("transformers.pipeline", "transformers.Trainer", "transformers.utils.hub.cached_file"),
+    *("transformers.KernelConfig", "transformers.utils.kernel_config.KernelConfig"),
+    *("transformers.DataCollatorForLanguageModeling", "transformers.TrainingArguments"),
+    *("transformers.BertModel.push_to_hub", "transformers.BertModel.forward"),
+    "transformers.models.bert.modeling_bert.os.system",
     *("ddptrain.files.replace_text", "ddptrain.cli.main", "ddptrain.launch.agent.start_ranks"),
     *("ddptrain.data.texts.glob.glob", "ddptrain.data.tabular.TabularFile"),
     *("ddptrain.data.library.os.walk", "ddptrain.optim.build.build_optimizer", "ddptrain.Trainer"),
@@ -271,6 +282,14 @@ NAMED = [
     *("mine.build.part", "mine.build.Part.make", "mine.build.ready", "mine.build.Pair"),
     *("mine.build.cached", "mine.build.half"),
 ]
+OF_TRANSFORMERS = [
+    *("BertConfig", "BertForSequenceClassification", "BertModel", "GPT2LMHeadModel"),
+    *("GPT2Config.from_pretrained", "GPT2LMHeadModel.from_pretrained", "ByT5Tokenizer"),
+    *("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained", "PreTrainedTokenizerFast"),
+    *("AutoModelForCausalLM.from_pretrained", "AutoModelForCausalLM.from_config"),
+    *("BertTokenizerFast.from_pretrained", "models.bert.modeling_bert.BertForMaskedLM"),
+    *("models.bert.configuration_bert.BertConfig", "ViTForImageClassification"),
+]
 MINE = {
     "mine/__init__.py": "from torch.nn import ReLU as Relu, Linear\nfrom .build import *\n"
     "class Net(Linear): ...\nHead = Linear\n",
@@ -293,6 +312,24 @@ def test_parts_of_a_model_may_be_named(target: str, mine: None) -> None:
     node = {"_target_": target}
     check_targets({"model": node})
     check_objects("model", node)
+
+
+def test_models_configs_and_tokenizers_of_transformers_may_be_named() -> None:
+    """Once imported they are defined elsewhere: in a base class, or under another name."""
+    for name in OF_TRANSFORMERS:
+        node = {"_target_": f"transformers.{name}"}
+        check_targets({"model": node})
+        check_objects("model", node)
+        told = refusal(lambda node=node: check_targets({**node, "trust_remote_code": True}))
+        assert "trust_remote_code=True lets it run code that is in data" in told
+
+
+def test_what_transformers_is_asked_for_is_judged_once_more_when_imported() -> None:
+    """A name that is fit for a model, of what is none."""
+    node = {"_target_": "transformers.DataCollatorForTokenClassification"}
+    assert "is transformers.data.data_collator.DataCollatorFor" in refusal(
+        lambda: check_objects("task", node)
+    )
 
 
 # --- targets, once they are imported -----------------------------------------------------------
