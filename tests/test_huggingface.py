@@ -9,13 +9,14 @@ import re
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from huggingface_ranks import hashes
 from launching import TORCHRUN, run
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from ddptrain import signatures
 from ddptrain.build import build_source, build_task, build_trainer
@@ -30,6 +31,7 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
 from ddptrain.tasks import Transformers
+from ddptrain.tasks.transformer_models import KNOWN, USUAL, Name
 
 CPU = torch.device("cpu")
 GUIDE = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
@@ -204,6 +206,36 @@ def test_what_is_predicted_goes_by_the_class() -> None:
         numbers({"input_ids": tokens, "labels": tokens[:, :2]})
     with pytest.raises(TrainingError, match=r"no labels, which task\.predicts=token needs"):
         masked({"input_ids": tokens})
+
+
+HEADS = {"class": "BertForSequenceClassification", "token": "BertForMaskedLM"}
+
+
+@pytest.mark.parametrize("predicts", KNOWN)
+@pytest.mark.parametrize("metrics", ["the usual ones", "all"])
+def test_each_metric_that_may_be_named_has_a_value(predicts: Any, metrics: str) -> None:
+    torch.manual_seed(0)
+    model = tiny(HEADS.get(predicts, "BertLMHeadModel"), is_decoder=predicts == "next_token")
+    if predicts == "number":
+        model = tiny(HEADS["class"], num_labels=1)
+    task = Transformers(model, predicts, KNOWN[predicts] if metrics == "all" else None).eval()
+    batch = {"input_ids": torch.randint(0, 20, (8, 6))}
+    if predicts in ("class", "number"):
+        batch["labels"] = torch.arange(8) % 2
+    elif predicts == "token":
+        batch["labels"] = batch["input_ids"]
+    made = task.metrics()
+    with torch.no_grad():
+        task.update(made, batch)
+    assert set(made) == {"loss", *(KNOWN if metrics == "all" else USUAL)[predicts]}
+    values = tree_leaves([metric.compute() for metric in made.values()])
+    assert all(value.isfinite().any() for value in values)
+
+
+def test_a_config_may_name_each_metric_that_there_is() -> None:
+    """What source tells of the task's argument, which refuses others, is what the task knows."""
+    assert set(get_args(Name)) == {name for names in KNOWN.values() for name in names}
+    compose(["experiment=reviews", "task.metrics=[reliability,relative_mae]"])
 
 
 # What comes out of files.

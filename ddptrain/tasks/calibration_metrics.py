@@ -34,7 +34,7 @@ class Calibration(Scores):
             labels = predicted == labels
         columns = torch.stack([confidence, labels, torch.ones_like(confidence)], dim=1).double()
         edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
-        which = torch.bucketize(columns[:, 0], edges[1:-1], right=True)
+        which = torch.bucketize(columns[:, 0].contiguous(), edges[1:-1], right=True)
         sums = torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, which, columns)
         counts = sums[:, 2:]
         return torch.cat([sums[:, :2] / counts, counts / len(columns)], 1)[counts[:, 0] > 0]

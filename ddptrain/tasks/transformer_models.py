@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.nearest import suggest
-from ddptrain.tasks import classification, regression
+from ddptrain.tasks import classification
 from ddptrain.tasks.metrics import choose, make
 from ddptrain.tasks.task import Loss, Task
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 Predicted = Literal["class", "number", "next_token", "token"]
 OfTokens = Literal["perplexity", "bits_per_token", "accuracy"]
 Name = Literal[
-    "perplexity", "bits_per_token", "mae", "rmse", "r2",
+    "perplexity", "bits_per_token", "mae", "rmse", "r2", "relative_mae",
     "accuracy", "precision", "recall", "f1", "auroc", "average_precision", "calibration_error",
-    "confusion_matrix", "roc", "pr",
+    "confusion_matrix", "roc", "pr", "reliability",
 ]  # fmt: skip
 KNOWN: dict[str, tuple[str, ...]] = {
     "class": get_args(classification.Name),
-    "number": get_args(regression.Name),
+    "number": ("mae", "rmse", "r2", "relative_mae"),
     "next_token": get_args(OfTokens),
     "token": get_args(OfTokens),
 }
 USUAL = {
     "class": ("accuracy", "f1"),
-    "number": get_args(regression.Name),
+    "number": ("mae", "rmse", "r2"),
     "next_token": ("perplexity", "bits_per_token"),
     "token": ("perplexity", "accuracy"),
 }
