@@ -13,9 +13,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torchmetrics
 from huggingface_ranks import hashes
 from launching import TORCHRUN, run
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddptrain import signatures
@@ -236,6 +238,37 @@ def test_a_config_may_name_each_metric_that_there_is() -> None:
     """What source tells of the task's argument, which refuses others, is what the task knows."""
     assert set(get_args(Name)) == {name for names in KNOWN.values() for name in names}
     compose(["experiment=reviews", "task.metrics=[reliability,relative_mae]"])
+
+
+class Copies(TorchDispatchMode):
+    """Notes the shapes of what is picked out of a tensor by a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func is torch.ops.aten.index.Tensor:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_logits_are_copied_for_a_metric_that_reads_them_alone() -> None:
+    class Seen(torchmetrics.MeanMetric):
+        def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+            super().update(logits.argmax(-1) == labels)
+
+    labels = torch.tensor([[3, -100, 7, 1]])
+    model = tiny("BertForMaskedLM")
+    of_loss: list[Any] = ["perplexity", "bits_per_token", "accuracy"]
+    for metrics, copied in ((of_loss, False), ([*of_loss, {"seen": Seen()}], True)):
+        task = Transformers(model, metrics=metrics).eval()
+        made = task.metrics()
+        with torch.no_grad(), Copies() as copies:
+            task.update(made, {"input_ids": labels.clamp(0), "labels": labels})
+        assert ((3, 20) in copies.shapes) is copied
+    assert made["seen"].compute() == made["accuracy"].compute()
 
 
 # What comes out of files.

@@ -159,21 +159,25 @@ class Transformers(Task):
         logits, labels = self._outputs(batch)
         loss = self._loss(logits, labels)
         self.update_loss(metrics, loss)
-        if self.predicts == "class":
-            given = logits.double().softmax(-1), labels
-        elif self.predicts == "number":
-            given = logits.double(), labels.double()
-        else:
-            counts = labels != IGNORED
-            given = logits[counts], labels[counts]
         of_tokens = self.predicts in ("next_token", "token")
+        given: tuple[Tensor, Tensor] | None = None
         for name, own in self.chosen.items():
             if own is not None or not of_tokens:
+                given = given or self._given(logits, labels)  # logits of all tokens are large
                 metrics[name].update(*given)
             elif name == "accuracy":
-                metrics[name].update((given[0].argmax(-1) == given[1]).sum(), loss.count)
+                metrics[name].update((logits.argmax(-1) == labels).sum(), loss.count)
             else:
                 metrics[name].update(loss.sum, loss.count)
+
+    def _given(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What metrics are updated with that need more than the loss."""
+        if self.predicts == "class":
+            return logits.double().softmax(-1), labels
+        if self.predicts == "number":
+            return logits.double(), labels.double()
+        counts = labels != IGNORED
+        return logits[counts], labels[counts]
 
 
 def _predicted_by(model: nn.Module, classes: int) -> str:
