@@ -49,6 +49,7 @@ from ddptrain.run_directory import RunDirectory
 from ddptrain.stored import changes, computed
 from ddptrain.tasks.restarts import Restarts
 from ddptrain.tasks.task import Task
+from ddptrain.tasks.transformer_configs import check_entries
 from ddptrain.trust import check_objects
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -73,6 +74,7 @@ def _build_one(config: Config, device: torch.device, number: int) -> Task:
     model = {}
     if config.model is not None:
         model["model"] = build_part("model", instantiate, config.model, _convert_="all")
+        check_entries("model", config.model)
     task = build_part("task", instantiate, config.task, _convert_="all", **model)
     if not isinstance(task, Task):
         raise Refused(f"task: {type(task).__name__} is no ddptrain.Task; derive it from that class")

@@ -33,6 +33,7 @@ from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
 from ddptrain.run_directory import RunDirectory
 from ddptrain.tasks import Transformers
+from ddptrain.tasks.transformer_configs import check_entries
 from ddptrain.tasks.transformer_models import KNOWN, USUAL, Name
 
 CPU = torch.device("cpu")
@@ -439,6 +440,27 @@ def test_a_misspelt_entry_of_a_models_config_is_refused() -> None:
         build_task(compose(["experiment=reviews", "model.config.hidden_size=eight"]), CPU)
     with pytest.raises(Refused, match="did you mean accuracy"):
         compose(["experiment=notes", "task.metrics=[acuracy]"])
+
+
+def test_a_model_on_disk_has_what_entries_it_has(tmp_path: Path) -> None:
+    """Also those of an older version; what a user writes beside is looked at as ever."""
+    sizes = ["model.config.n_embd=8", "model.config.n_layer=1"]
+    model = build_task(compose(["experiment=notes", *sizes]), CPU).model
+    model.config.n_ctx = 64
+    model.save_pretrained(tmp_path)
+    plain = json.loads((tmp_path / "config.json").read_text())
+    assert {"model_type", "n_ctx"} <= plain.keys()
+    config = compose(["experiment=notes"])
+    config.model = {
+        "_target_": "transformers.AutoModelForCausalLM.from_pretrained",
+        "pretrained_model_name_or_path": str(tmp_path),
+    }
+    read = build_task(config, CPU).model
+    assert torch.equal(read.transformer.wte.weight, model.transformer.wte.weight)
+    given = {"_target_": "transformers.GPT2Config", "model_type": "gpt2", "hidden_size": 8}
+    check_entries("model", {"config": {**given, "attn_implementation": "eager"}})
+    with pytest.raises(Refused, match=r"unknown key model\.config\.n_ctx: GPT2Config has no such"):
+        check_entries("model", {"config": {**given, "n_ctx": 64}})
 
 
 @pytest.mark.parametrize("package", ["datasets", "transformers"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ddptrain.errors import Refused, TrainingError
-from ddptrain.nearest import suggest
 from ddptrain.tasks import classification
 from ddptrain.tasks.metrics import choose, make
 from ddptrain.tasks.task import Loss, Task
@@ -69,8 +68,7 @@ class Transformers(Task):
     ``metrics`` are names, or mappings of names to other torchmetrics; these are updated with
     probabilities and labels of classes, with outputs and targets, float64, (B,), of numbers, and
     with logits, (N, vocabulary), and labels, (N,), of the N tokens that count. Raises ``Refused``
-    for a name that there is not, for a model whose class does not tell what it predicts, and for
-    an entry of the model's config that no such config has.
+    for a name that there is not, and for a model whose class does not tell what it predicts.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class Transformers(Task):
     ) -> None:
         super().__init__()
         config = getattr(model, "config", None)
-        _check_config(config)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]  # only generating reads it
         self.model = model
@@ -190,20 +187,3 @@ def _predicted_by(model: nn.Module, classes: int) -> str:
             f"{', '.join(HEADS)}"
         )
     return "number" if found == "class" and classes == 1 else found
-
-
-def _check_config(config: Any) -> None:
-    """Refuse what a config of transformers, which takes any name, would keep and nobody read."""
-    if not hasattr(config, "model_type"):
-        return
-    kind = type(config)
-    try:
-        usual = kind()
-    except Exception:  # some cannot be made without configs of their parts
-        return
-    known = [name for name in vars(usual) if not name.startswith("_")]
-    known += ["num_labels", *getattr(kind, "attribute_map", {})]
-    for name in sorted(set(vars(config)) - set(vars(usual)) - set(known)):
-        hint = suggest(name, known)
-        hint = hint if "did you mean" in hint else ""
-        raise Refused(f"unknown key model.config.{name}: {kind.__name__} has no such entry{hint}")
