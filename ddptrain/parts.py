@@ -32,6 +32,7 @@ from ddptrain.config import (
 )
 from ddptrain.config import Reduction as ReductionChoice
 from ddptrain.data.fetch import Source
+from ddptrain.data.packages import stay_offline
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.generators import key_generators
@@ -219,6 +220,7 @@ def build_autocast(precision: Precision, device: torch.device) -> Autocast:
 
 def build_part(key: str, build: Callable[..., Any], node: Any, *arguments: Any, **more: Any) -> Any:
     """Build what a config node describes, or say in one line which key failed and why."""
+    stay_offline()
     check_objects(key, node)
     try:
         return build(node, *arguments, **more)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ddptrain import signatures
 from ddptrain.build import build_source, build_task, build_trainer
 from ddptrain.compose import compose
-from ddptrain.data import HuggingFace
+from ddptrain.data import HuggingFace, packages
 from ddptrain.data.fetch import Fetcher
 from ddptrain.data.packages import import_package
 from ddptrain.errors import Refused, TrainingError
@@ -470,6 +470,44 @@ def test_without_the_packages_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Refused, match=rf"with {package}, and .* install 'ddptrain\[huggingface\]'"):
         import_package(package)
+
+
+ASKED = """
+import socket, sys
+from hydra.utils import instantiate
+from ddptrain.errors import Refused
+from ddptrain.parts import build_part
+
+def ask(*where, **more):
+    print("asked", where[0])
+    raise OSError("no network")
+
+socket.getaddrinfo = ask
+name = "transformers.AutoTokenizer.from_pretrained"
+try:
+    build_part("tokenizer", instantiate, {"_target_": name, "_args_": ["some/body"]})
+except Refused as error:
+    print(error)
+"""
+
+
+def test_a_tokenizer_that_a_config_names_asks_no_network() -> None:
+    """In a fresh process, whose first part it is; the libraries read the environment once."""
+    names = [name for name in os.environ if name.endswith("_OFFLINE")]
+    finished = run(["env", *(f"-u{name}" for name in names), sys.executable, "-c", ASKED])
+    assert "tokenizer: could not build transformers.AutoTokenizer" in finished.stdout
+    assert "asked" not in finished.stdout
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_one_variable_of_the_environment_decides_for_all_libraries(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in packages.OTHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(packages.HUB, asked)
+    packages.stay_offline()
+    assert [os.environ[name] for name in packages.OTHERS] == [asked, asked]
 
 
 def test_a_model_of_a_package_that_is_not_there_says_what_to_install(

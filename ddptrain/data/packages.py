@@ -1,4 +1,4 @@
-"""Imports datasets and transformers when they are used: offline, without bars, or with a remedy."""
+"""Imports datasets and transformers as a rank needs them: offline, or with a remedy."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from typing import Any
 
 from ddptrain.errors import Refused
 
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+HUB = "HF_HUB_OFFLINE"
+OTHERS = ("HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def stay_offline() -> None:
+    """Have what the libraries of Hugging Face need come from disk, unless the environment asks.
+
+    Each library reads the variables once, when it is imported; so this is called before anything is
+    that a config names. What a rank reads is on disk, and nothing is to wait for a network; and
+    threads of a tokenizer would not survive the fork of a loading worker.
+    """
+    told = os.environ.setdefault(HUB, "1")
+    for variable in OTHERS:
+        os.environ.setdefault(variable, told)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def import_package(name: str) -> Any:
-    """The package ``name``. Raises ``Refused`` if it is not installed.
-
-    What a rank reads is on disk, so nothing is to wait for a network, unless the environment says
-    otherwise; and threads of a tokenizer would not survive the fork of a loading worker.
-    """
-    for variable in OFFLINE:
-        os.environ.setdefault(variable, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """The package ``name``, offline. Raises ``Refused`` if it is not installed."""
+    stay_offline()
     try:
         package = importlib.import_module(name)
     except ModuleNotFoundError as error:
