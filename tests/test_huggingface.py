@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow.parquet
 import pytest
 import torch
 import torchmetrics
@@ -409,6 +410,18 @@ def test_tokenizers_of_transformers() -> None:
         ({"path": "*s.csv", "options": {"delimitr": ";"}}, "did you mean options.delimiter"),
         ({"path": "ragged.csv"}, "ragged.csv: cannot be read by datasets: ParserError: "),
         ({"path": "gap.csv"}, "'review' has no value in 1 of 4 rows, first in row 2; fill"),
+        (
+            {"path": "hole.csv", "label": "stars"},
+            "'stars' has no value in 1 of 3 rows, first in row 2",
+        ),
+        (
+            {"path": "hole.parquet", "label": "stars"},
+            "'stars' has no value in 1 of 3 rows, .* row 2",
+        ),
+        ({"path": "empty.jsonl"}, "empty.jsonl: it is empty"),
+        ({"path": "empty.json"}, "empty.json: it is empty"),
+        ({"path": "empty.csv"}, "empty.csv: it is empty"),
+        ({"path": "empty.txt"}, "empty.txt: it is empty"),
         ({"outputs": 3}, "there are 2 classes .bad, good., but the model has 3 outputs; give it 2"),
         ({"outputs": 1}, "they are classes, but the model has one output, for a number"),
         ({"length": None}, "length: a text needs it"),
@@ -427,6 +440,11 @@ def test_tokenizers_of_transformers() -> None:
 def test_one_line_says_what_is_wrong(more: dict[str, Any], message: str) -> None:
     Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     Path("gap.csv").write_text("review,opinion\na,x\n,y\nb,x\nc,y\n")
+    Path("hole.csv").write_text("review,stars\na,0.5\nb,nan\nc,1.5\n")
+    hole = {"review": ["a", "b", "c"], "stars": [0.5, float("nan"), 1.5]}
+    pyarrow.parquet.write_table(pyarrow.table(hole), "hole.parquet")
+    for suffix in ("jsonl", "json", "csv", "txt"):
+        Path(f"empty.{suffix}").write_text("")
     usual = {"text": "review", "label": "opinion", "length": 16}
     with pytest.raises(Refused, match=message) as refused:
         load(**usual | more)

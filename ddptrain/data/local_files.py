@@ -43,12 +43,14 @@ class Part:
         if name not in self.data.column_names:
             hint = suggest(name, self.data.column_names)
             raise Refused(f"{key}: {self.where} has no column {name!r}{hint}")
-        column = self.data.data.column(name)
-        if column.null_count:
-            row = column.is_null().index(True).as_py()
+        from pyarrow import compute
+
+        missing = compute.is_null(self.data.data.column(name), nan_is_null=True)
+        if count := compute.sum(missing).as_py():
+            row = missing.index(True).as_py()
             raise Refused(
-                f"{self.where}: column {name!r} has no value in {column.null_count} of "
-                f"{len(column)} rows, first in row {row + 1}; fill them in, or take the rows out"
+                f"{self.where}: column {name!r} has no value in {count} of "
+                f"{len(missing)} rows, first in row {row + 1}; fill them in, or take the rows out"
             )
 
     def values(self, name: str) -> list[Any]:
@@ -138,6 +140,8 @@ def _open(path: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
             return saved if isinstance(saved, dict) else {"train": saved}
         files = _files_at(path, place)
         kind = _kind_of(path, files)
+        if not any(file.stat().st_size for file in files):
+            raise Refused(f"{path}: it is empty; rows are expected")
         more = dict(options)
         if files[0].suffix.lower() == ".tsv":
             more.setdefault("delimiter", "\t")
