@@ -375,6 +375,23 @@ def test_tokenizers_of_transformers() -> None:
     assert load(**more, fractions=[1, 0, 0])[0]["input_ids"].tolist() == [
         *(words[word] for word in first), 0, 0,
     ]  # fmt: skip
+    packed = more | {"pack": True, "fractions": [1, 0, 0]}
+    with pytest.raises(Refused, match="pack: the tokenizer says of no token that it ends a text"):
+        load(**packed)
+    with pytest.raises(
+        Refused, match=r"end: the tokenizer has no token 'thre'; did you mean three"
+    ):
+        load(**packed, end="thre")
+    assert load(**packed, end="?")[0]["input_ids"].tolist() == [
+        *(words[word] for word in first), words["?"],
+        words[Path("notes/a.txt").read_text().splitlines()[1].split()[0]],
+    ]  # fmt: skip
+    with pytest.raises(
+        Refused, match="end: 'one' goes between texts that pack joins; set pack=true"
+    ):
+        load(**more, end="one")
+    with pytest.raises(Refused, match="end: bytes have an end of their own; leave 'x' out"):
+        load(**packed | {"tokenizer": "bytes"}, end="x")
     source = build_source(
         compose(
             [

@@ -28,9 +28,10 @@ class HuggingFace(Dataset[Batch]):
 
     A row's ``text`` becomes ``input_ids`` and ``attention_mask``, int64, shape (length,): cut, or
     filled up. With ``pack`` the texts of a split are joined, with the tokenizer's end between them,
-    and a sample is a window of ``length`` tokens, ``input_ids`` alone; windows overlap by one, so a
-    language model predicts each token once. ``columns`` are handed on under their names: numbers,
-    or lists of them; lists of different lengths are cut, or filled up, to ``length``.
+    or the token ``end``, and a sample is a window of ``length`` tokens, ``input_ids`` alone;
+    windows overlap by one, so a language model predicts each token once. ``columns`` are handed on
+    under their names: numbers, or lists of them; lists of different lengths are cut, or filled up,
+    to ``length``.
 
     ``label`` is the column of ``labels``: texts, whole numbers and a ``ClassLabel`` are classes,
     int64, in the order of ``class_names``, others numbers, float32; whole ones too if the model has
@@ -48,6 +49,7 @@ class HuggingFace(Dataset[Batch]):
         length: int | None = None,
         tokenizer: Any = "bytes",
         pack: bool = False,
+        end: str | None = None,
         splits: Mapping[str, str] | None = None,
         fractions: Sequence[float] = FRACTIONS,
         options: Mapping[str, Any] | None = None,
@@ -57,6 +59,8 @@ class HuggingFace(Dataset[Batch]):
     ) -> None:
         check_split(split)
         _check_wishes(text, label, columns, length, pack, positions)
+        if end is not None and not pack:
+            raise Refused(f"end: {end!r} goes between texts that pack joins; set pack=true")
         training, mine = read_parts(path, split, splits or {}, fractions, options or {})
         for part in (training, mine):
             for key, name in (("text", text), ("label", label), *(("columns", n) for n in columns)):
@@ -74,7 +78,7 @@ class HuggingFace(Dataset[Batch]):
             self.labels, self.class_names = read_labels(training, mine, label, outputs)
         self.windows: Tensor | None = None
         if text is not None and length is not None:
-            self.tokens = _tokens_for(mine, text, tokenizer, vocabulary)
+            self.tokens = _tokens_for(mine, text, tokenizer, end, vocabulary)
             self.windows = _packed(mine, text, self.tokens, length) if pack else None
 
     def __len__(self) -> int:
@@ -157,11 +161,13 @@ def _check_numbers(part: Part, name: str, length: int | None) -> None:
             )
 
 
-def _tokens_for(part: Part, text: str, tokenizer: object, vocabulary: int | None) -> Tokens:
+def _tokens_for(
+    part: Part, text: str, tokenizer: object, end: str | None, vocabulary: int | None
+) -> Tokens:
     dtype = str(getattr(part.data.features[text], "dtype", ""))
     if dtype not in ("string", "large_string"):
         raise Refused(f"text: column {text!r} of {part.where} is of {dtype or 'lists'}, not text")
-    tokens = tokens_of(tokenizer)
+    tokens = tokens_of(tokenizer, end)
     if vocabulary is not None and vocabulary < tokens.size:
         raise Refused(
             f"tokenizer: it has {tokens.size} tokens, but model.config.vocab_size={vocabulary}; "
@@ -172,13 +178,17 @@ def _tokens_for(part: Part, text: str, tokenizer: object, vocabulary: int | None
 
 def _packed(part: Part, text: str, tokens: Tokens, length: int) -> Tensor:
     """The texts of a split, joined, as windows, int32, (windows, length). Raises ``Refused``."""
-    end = [] if tokens.end is None else [tokens.end]
+    if tokens.end is None:
+        raise Refused(
+            "pack: the tokenizer says of no token that it ends a text, and without one texts would "
+            "run into each other; set end to one of its tokens, such as end: '<|endoftext|>'"
+        )
     pieces = []
     column = part.data.select_columns([text])
     for first in range(0, len(part.rows), AT_ONCE):
         texts = column[part.rows[first : first + AT_ONCE].tolist()][text]
         encoded = tokens.encode(texts, None)
-        pieces.append(np.array([n for one in encoded for n in (*one, *end)], dtype=np.int32))
+        pieces.append(np.array([n for one in encoded for n in (*one, tokens.end)], dtype=np.int32))
     joined = torch.from_numpy(np.concatenate(pieces))
     if len(joined) < length:
         raise Refused(

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 from ddptrain.data.packages import import_package
 from ddptrain.errors import Refused
+from ddptrain.nearest import suggest
 
 
 class Tokens(Protocol):
@@ -35,12 +36,19 @@ class Bytes:
 class OfTransformers:
     """A tokenizer of transformers; with a ``length`` it adds what it puts round a text."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, end: str | None) -> None:
         self.tokenizer = tokenizer
         self.padding = tokenizer.pad_token_id or 0  # masked, so that it means nothing
         self.end: int | None = tokenizer.eos_token_id
         if self.end is None:
             self.end = tokenizer.sep_token_id
+        if end is not None:
+            known = tokenizer.get_vocab()
+            if end not in known:
+                near = suggest(end, list(known))
+                hint = near if "did you mean" in near else ""
+                raise Refused(f"end: the tokenizer has no token {end!r}{hint}")
+            self.end = int(known[end])
         self.size = len(tokenizer)
 
     def encode(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
@@ -55,12 +63,15 @@ class OfTransformers:
         return cast("list[list[int]]", encoded["input_ids"])
 
 
-def tokens_of(tokenizer: object) -> Tokens:
+def tokens_of(tokenizer: object, end: str | None = None) -> Tokens:
     """What a config's ``tokenizer`` stands for: ``bytes``, a tokenizer.json, or a tokenizer.
 
-    Raises ``Refused``.
+    ``end`` is the token to put between texts; None takes what the tokenizer has for that, if it
+    has. Raises ``Refused``.
     """
     if tokenizer == "bytes":
+        if end is not None:
+            raise Refused(f"end: bytes have an end of their own; leave {end!r} out")
         return Bytes()
     if isinstance(tokenizer, str):
         file = Path(tokenizer).expanduser()
@@ -79,4 +90,4 @@ def tokens_of(tokenizer: object) -> Tokens:
             f"tokenizer: {type(tokenizer).__name__} is none; expected bytes, a tokenizer.json, or "
             "a tokenizer of transformers by its _target_"
         )
-    return OfTransformers(tokenizer)
+    return OfTransformers(tokenizer, end)
