@@ -48,6 +48,7 @@ from ddptrain.parts import (
     build_source,
     build_strategy,
     build_task,
+    check_data,
 )
 from ddptrain.resilience.divergence import Replicas
 from ddptrain.resilience.preemption import StopRequest
@@ -81,6 +82,8 @@ def build_trainer(
     sizes = {s.label: f"{s.plan.samples} samples" for s in (source, *others.values())}
     ranks.agree(sizes, "has other data than", "give all nodes the same files")
     task = build_task(config, ranks.device)
+    for split, of_split in {"train": source, **others}.items():
+        check_data(task, split, of_split)
     autocast = build_autocast(train.precision, ranks.device)
     total_steps = _total_steps(train, plan)
     step = build_step(config, ranks, task, plan, autocast, total_steps)

@@ -122,6 +122,14 @@ def build_source(config: Config, split: str, whole: bool = True) -> Source:
     return Source(split, dataset, Plan(samples, samples, size, config.seed, shuffled=False))
 
 
+def check_data(task: Task, split: str, source: Source) -> None:
+    """Have the task look at the data set of a split. Raises ``Refused`` with its key."""
+    try:
+        task.check_data(source.dataset)
+    except Refused as error:
+        raise Refused(f"data.{split}: {error}") from None
+
+
 def build_strategy(
     config: Config, ranks: Ranks, task: Task, loss_scale: LossScale | None, micro_batches: int
 ) -> DataParallel:

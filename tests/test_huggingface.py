@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -466,6 +467,37 @@ def test_one_line_says_what_is_wrong(more: dict[str, Any], message: str) -> None
     with pytest.raises(Refused, match=message) as refused:
         load(**usual | more)
     assert "\n" not in str(refused.value)
+
+
+THREE = ["experiment=reviews", "data.train.label=kind", "log.tensorboard=false"]
+THREE += ["data.train.path=three.csv", "model.config.hidden_size=8", "~model.config.num_labels"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["+model.config.id2label={0: a, 1: b, 2: c}"], None),
+        ([], r"data\.train: label: there are 3 classes \(a, b, c\), but the model has 2 outputs"),
+        (
+            ["task.predicts=number"],
+            "3 classes, but the model predicts a number; set data.train.out",
+        ),
+    ],
+)
+def test_the_outputs_of_a_model_are_its_own(
+    more: list[str], message: str | None, tmp_path: Path
+) -> None:
+    """Known only once it is built: of names of classes, of transformers' default, of a folder."""
+    Path("three.csv").write_text(
+        "review,kind,share\n" + "".join(f"x,{k},0.5\n" for k in "abc" * 20)
+    )
+    config = compose([*THREE, *more])
+    ranks = Ranks(Place(), CPU, TIMEOUT)
+    try:
+        with pytest.raises(Refused, match=message) if message else contextlib.nullcontext():
+            build_trainer(config, ranks, RunDirectory(tmp_path), Phases())
+    finally:
+        ranks.leave()
 
 
 def test_a_misspelt_entry_of_a_models_config_is_refused() -> None:

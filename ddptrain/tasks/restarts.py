@@ -67,6 +67,9 @@ class Restarts(Task):
         """Take a copy for the best."""
         self.get_buffer(BEST).fill_(number)
 
+    def check_data(self, dataset: object) -> None:
+        self.copies[0].check_data(dataset)
+
     def train(self, mode: bool = True) -> Restarts:
         for copy in self.copies:
             copy.train(mode)

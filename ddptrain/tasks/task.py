@@ -41,6 +41,12 @@ class Task(nn.Module):
         """Return the loss of one micro-batch."""
         raise TypeError(f"{type(self).__name__} has no forward(batch) that returns a Loss")
 
+    def check_data(self, dataset: object) -> None:
+        """Refuse a data set that does not fit, before training; by default any will do.
+
+        Called once for each split, on every rank. Raises ``Refused``.
+        """
+
     def project(self) -> None:
         """Move parameters, in place, to where they are allowed; by default they may be anywhere.
 

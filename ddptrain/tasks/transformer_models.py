@@ -48,6 +48,7 @@ HEADS = {
 """How the names of classes end that transformers makes for these."""
 IGNORED = -100
 """A label that is none, as transformers has it."""
+SHOWN = 8
 
 
 class Transformers(Task):
@@ -88,6 +89,31 @@ class Transformers(Task):
             raise Refused(f"predicts: expected one of {', '.join(KNOWN)}, got {predicts!r}")
         chosen = USUAL[self.predicts] if metrics is None else metrics
         self.chosen = choose(chosen, KNOWN[self.predicts])
+
+    def check_data(self, dataset: object) -> None:
+        """Hold the data's ``class_names`` and ``labels``, if any, against the model's outputs."""
+        names: Sequence[str] = getattr(dataset, "class_names", ())
+        labels = getattr(dataset, "labels", None)
+        is_real = isinstance(labels, Tensor) and labels.is_floating_point()
+        if is_real and self.predicts == "class":
+            raise Refused(
+                f"label: they are numbers, but the model has {self.classes} outputs; set "
+                "model.config.num_labels=1, or write classes as text or whole numbers"
+            )
+        if not names or self.predicts not in ("class", "number"):
+            return
+        if self.predicts == "number":
+            raise Refused(
+                f"label: there are {len(names)} classes, but the model predicts a number; set "
+                "data.train.outputs=1 if the labels are whole numbers, or give the model "
+                f"{len(names)} outputs"
+            )
+        if len(names) != self.classes:
+            shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+            raise Refused(
+                f"label: there are {len(names)} classes ({shown}), but the model has "
+                f"{self.classes} outputs; set model.config.num_labels={len(names)}"
+            )
 
     def forward(self, batch: Mapping[str, Tensor]) -> Loss:
         return self._loss(*self._outputs(batch))
