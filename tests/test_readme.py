@@ -38,3 +38,8 @@ def test_typo_is_answered_as_shown(tmp_path: Path) -> None:
     assert shown is not None
     finished = run([*DDPTRAIN, *shown[1].split()], tmp_path)
     assert finished.stderr.strip() == shown[2]
+
+
+def test_each_decision_is_a_paragraph_of_its_own() -> None:
+    decisions = (Path(__file__).parent.parent / "docs" / "decisions.md").read_text()
+    assert not re.findall(r"[^\n]\n(\*\*.*)", decisions)
