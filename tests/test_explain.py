@@ -233,6 +233,26 @@ def stored(folder: Path, *overrides: str) -> str:
     return str(directory.path)
 
 
+def test_a_gaussian_is_explained_by_its_mean_alone() -> None:
+    """Where the logarithm of the variance is larger, too."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(3, 2), torch.randn(6, 3)
+    assert len(set(layer(inputs).argmax(1).tolist())) == 2
+    found = attributed(Regression(layer, loss="gaussian"), inputs, INTEGRATED, steps=20)
+    expected = layer.weight[0].detach() * inputs
+    torch.testing.assert_close(found.by_method[INTEGRATED], expected, atol=1e-6, rtol=0)
+    assert found.explained.tolist() == [-1] * 6
+
+
+def test_a_number_that_is_explained_is_called_no_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stored(tmp_path, "experiment=diabetes")
+    given = ["--method", INTEGRATED, "--samples", "9", "--steps", "5"]
+    assert main(["explain", folder, *given]) == 0
+    assert "step 0: the number it predicts, of 9 samples of test" in capsys.readouterr().out
+
+
 def test_images_are_drawn_by_class(tmp_path: Path) -> None:
     folder = stored(tmp_path, "experiment=digits", "model.channels=4")
     given = ["--samples", "60", "--steps", "5", "--split", "val"]

@@ -61,7 +61,7 @@ def explain(
     if ranks.is_first:
         facts = {"split": split, "step": step, "samples": source.plan.samples}
         facts |= {"steps": steps} if INTEGRATED in methods else {}
-        explained = "its output" if attributor.outputs == 1 else "the class it predicts"
+        explained = _explained(attributor.outputs, example.has_classes)
         say(f"{run.path}, step {step}: {explained}, of {source.plan.samples} samples of {split}")
         _tell(
             _report(example, found, importance), found, importance, facts, output or run.explained
@@ -81,6 +81,13 @@ def _check(methods: list[str] | None, example: Example) -> list[str]:
                 f"which there is {', '.join(known)}"
             )
     return [method for method in known if not methods or method in methods]
+
+
+def _explained(outputs: int, has_classes: bool) -> str:
+    """What it is that is explained of each sample, where the task gives so many ``outputs``."""
+    if has_classes:
+        return "its output" if outputs == 1 else "the class it predicts"
+    return "the number it predicts" if outputs == 1 else f"the largest of its {outputs} outputs"
 
 
 def _importance(

@@ -60,12 +60,14 @@ class Example:
     """The first sample of a split as a batch of one, from which all ranks see what there is.
 
     ``feature_names`` are those that the data set has, or places; none of images and tokens.
+    ``has_classes`` says whether its target is one.
     """
 
     source: Source
     inputs: Tensor
     kind: Kind
     feature_names: list[str]
+    has_classes: bool
 
     @classmethod
     def of(cls, source: Source, device: torch.device, workers: int) -> Example:
@@ -77,7 +79,7 @@ class Example:
         inputs = inputs_of(batch, source.label)
         kind = _kind_of(inputs, source.label)
         names = _feature_names(source, inputs.shape[1:]) if kind == "features" else []
-        return cls(source, inputs, kind, names)
+        return cls(source, inputs, kind, names, labels_of(batch) is not None)
 
     def class_name(self, label: int) -> str:
         return _name_of(label, _names(self.source.dataset, "class_names")) if label >= 0 else "all"

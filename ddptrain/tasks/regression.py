@@ -88,6 +88,11 @@ class Regression(Task):
             total = (squares + log_variances + math.log(2 * math.pi)).sum() / 2
         return Loss(total, len(targets))
 
+    def explained(self, inputs: Tensor) -> Tensor:
+        """Return the number that is predicted, (B,) or (B, 1): of a Gaussian the mean."""
+        outputs = super().explained(inputs)
+        return outputs[:, :1] if self.loss == "gaussian" else outputs
+
     def metrics(self) -> dict[str, Metric]:
         from ddptrain.tasks.regression_metrics import regression
 
