@@ -25,6 +25,7 @@ from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
+from ddptrain.explain import tokens
 from ddptrain.explain.attribution import INTEGRATED, SALIENCY, Attributions, Attributor
 from ddptrain.explain.importance import REPEATS, Importance, Metric, measure, permuted
 from ddptrain.explain.samples import Drawn, Example
@@ -282,6 +283,46 @@ def test_tokens_are_named(tmp_path: Path) -> None:
     assert {"f", "␣"} <= set(by_token)
     assert by_token["\\x00"]["share"] == 0
     assert (tmp_path / "run" / "explain" / "test-samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tokens_without_names_are_drawn() -> None:
+    values = torch.ones(1, 3)
+    none = torch.zeros(1)
+    found = Attributions(values.long(), none.long(), none.long(), none, none, {INTEGRATED: values})
+    report = tokens.report(found, str, lambda _: "")
+    assert [row[0] for row in report.rows] == [""]
+    assert report.pictures["samples"].png.startswith(b"\x89PNG")
+
+
+PADDED = """
+import torch
+from torch.utils.data import Dataset
+
+
+class Padded(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitems__(self, indices):
+        length = 4 if 0 in indices else 6
+        return torch.ones(len(indices), length).long(), torch.zeros(len(indices)).long()
+"""
+
+
+def test_samples_of_several_shapes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "padded.py").write_text(PADDED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = [f"+data.{split}._target_=padded.Padded" for split in ("train", "test")]
+    model = ["model=text_classifier", "model.classes=2", "task=classification", "task.classes=2"]
+    length = ["train.max_steps=1", "train.global_batch_size=8", "train.micro_batch_size=4"]
+    folder = stored(tmp_path, *data, *model, *length, "run.name=padded")
+    assert main(["explain", folder]) == 2
+    told = capsys.readouterr().err
+    assert "micro-batches have samples of shapes (4,) and (6,)" in told
+    assert "give all samples one length" in told
 
 
 @pytest.mark.parametrize(

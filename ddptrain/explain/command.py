@@ -13,7 +13,7 @@ from ddptrain.explain import features, images, tokens
 from ddptrain.explain.attribution import INTEGRATED, METHODS, PERMUTATION, Attributions, Attributor
 from ddptrain.explain.importance import REPEATS, Importance, Metric, measure
 from ddptrain.explain.report import Report, quality_of
-from ddptrain.explain.samples import Example, draw
+from ddptrain.explain.samples import Example, check_shapes, draw, inputs_of
 from ddptrain.launch.inspect import load, split_of
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.observe.values import digits
@@ -54,6 +54,8 @@ def explain(
     fetcher = Fetcher(source, ranks.device, config.data.workers)
     mine = source.plan.micro_batches(0, ranks.rank, ranks.world_size)
     batches = list(fetcher.fetch(mine))
+    shapes = ranks.gather([inputs_of(batch, source.label).shape[1:] for batch in batches])
+    check_shapes([shape for of_rank in shapes for shape in of_rank], source.label)
     importance = None
     if PERMUTATION in methods:
         importance = _importance(config, task, fetcher, batches, ranks)

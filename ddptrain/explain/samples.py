@@ -19,7 +19,7 @@ from ddptrain.keys import derive
 
 Kind = Literal["features", "images", "tokens"]
 DEFAULT = 200
-"""So many images or texts, if nobody says: they are looked at, and each takes 50 forwards."""
+"""So many images or texts, if nobody says: they are looked at, each for ``--steps`` forwards."""
 SUPPORTED = (
     "supported are batches (inputs, targets) whose inputs are numbers in floating point, (B, …), "
     "images, (B, channels, height, width), or tokens, int64, (B, length)"
@@ -117,6 +117,16 @@ def inputs_of(batch: Any, label: str) -> Tensor:
     if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[0], Tensor):
         return batch[0]
     raise Refused(f"{label}: its batch is {_told(batch)}; {SUPPORTED}")
+
+
+def check_shapes(shapes: Sequence[torch.Size], label: str) -> None:
+    """Refuse samples of several ``shapes``: what is put together of them has one."""
+    for shape in shapes:
+        if shape != shapes[0]:
+            raise Refused(
+                f"{label}: micro-batches have samples of shapes {tuple(shapes[0])} and "
+                f"{tuple(shape)}; give all samples one length"
+            )
 
 
 def with_inputs(batch: Any, inputs: Tensor) -> Any:

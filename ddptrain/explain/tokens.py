@@ -63,7 +63,8 @@ def _lines(found: Attributions, sample: int, token_name: Name) -> tuple[list[str
     values = found.by_method[INTEGRATED][sample]
     used = int(values.nonzero().max()) + 1 if values.any() else 1  # what fills up has none
     names = [token_name(int(token)) for token in found.inputs[sample, : LINES * ACROSS]]
-    across = max(1, ACROSS // max(map(len, names[:used])))
+    longest = max(map(len, names[:used])) or 1  # a vocabulary may have an empty name
+    across = max(1, ACROSS // longest)
     kept = min(used, len(names), LINES * across)
     filled = torch.zeros(-(-kept // across) * across)
     filled[:kept] = values[:kept]
