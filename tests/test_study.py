@@ -11,7 +11,7 @@ import pytest
 from launching import DDPTRAIN, LIMIT_SECONDS, kill_tree, read_result, run, start
 
 from ddptrain.cli import main
-from ddptrain.errors import EXIT_REFUSED, EXIT_STOPPED
+from ddptrain.errors import EXIT_REFUSED, EXIT_STOPPED, Refused
 from ddptrain.studies.study import Study
 from ddptrain.studies.table import plain
 
@@ -117,6 +117,25 @@ def test_what_cannot_be_is_refused_before_a_rank_starts(
     assert main(["study", *arguments]) == EXIT_REFUSED
     assert told in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("restarts=2", "data=digits", "~data.val", "data.val.split=val", "data.train.split=val"),
+        *("data.train={split: val}", "train.penalty.of=all", "train.penalty={of: all}"),
+        *("task.metrics=[auroc]", "run.dir=elsewhere", "experiment=digits"),
+    ],
+)
+def test_what_the_report_could_not_be_of_is_refused(line: str) -> None:
+    with pytest.raises(Refused, match="the study gradient-descent has that of its own"):
+        Study.named("gradient-descent", None, [line])
+
+
+def test_what_is_for_all_runs_is_taken() -> None:
+    lines = ["data.train.seed=3", "data.workers=1", "train.penalty.l2=0.1", "train.max_steps=9"]
+    study = Study.named("gradient-descent", None, [*lines, "data.shuffle=false"])
+    assert study.config(next(study.plan.runs())).data.train["seed"] == 3
 
 
 def test_what_only_says_how_a_run_executes_does_not_make_it_another_study(tmp_path: Path) -> None:

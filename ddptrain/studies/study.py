@@ -25,8 +25,11 @@ STUDIES = {plan.name: plan for plan in (GRADIENT_DESCENT,)}
 MARK = "study.json"
 MOST_RANKS = 4
 """So many micro-batches a step has that takes all samples."""
-OWN = ("experiment", "model", "task", "run.", "data.train._target_")
-"""What a study decides itself: it would be another one otherwise."""
+OWN = (
+    "experiment", "model", "task", "run", "restarts",
+    "data.train._target_", "data.train.split", "data.val", "train.penalty.of",
+)  # fmt: skip
+"""What a study decides itself: it would be another one, or could not report on its runs."""
 REMEDY = "name another folder with --out"
 
 
@@ -47,7 +50,7 @@ class Study:
         if name not in STUDIES:
             raise Refused(f"unknown study {name}{suggest(name, sorted(STUDIES))}")
         for given in parse(overrides):
-            if str(given.key_or_group).startswith(OWN):
+            if any(_touches(str(given.key_or_group), own) for own in OWN):
                 raise Refused(
                     f"{given.input_line}: the study {name} has that of its own; "
                     "`ddptrain train` takes any"
@@ -117,6 +120,11 @@ class Study:
         if len(self.plan.comparisons) < len(STUDIES[name].comparisons):
             own += [word for each in self.plan.comparisons for word in ("--only", each.name)]
         return "".join(f" {shlex.quote(word)}" for word in own)
+
+
+def _touches(key: str, own: str) -> bool:
+    """Whether an override of ``key`` may change ``own``: they are one, or one is in the other."""
+    return f"{own}.".startswith(f"{key}.") or key.startswith(f"{own}.")
 
 
 def _default(name: str) -> Path:
