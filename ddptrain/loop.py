@@ -33,6 +33,7 @@ class Trainer(Run):
             self.record = self.step.fingerprints.take(step)
             self.advance(step + 1)
             stop = self.heed()
+            self.layers.tell(self.done)
             self.observer.fingerprint(self.record)
             if not self.is_warm:
                 self.warm_up()
@@ -67,6 +68,7 @@ class Trainer(Run):
     def face(self, verdict: Verdict) -> None:
         """Go on behind a step at fault, or raise ``NonFiniteError`` with its checkpoint written."""
         before = self.step.rewinds
+        self.layers.tell(verdict.step + 1)
         try:
             done = self.setbacks.face(verdict)
         except NonFiniteError:
@@ -77,6 +79,7 @@ class Trainer(Run):
         if self.step.rewinds > before:
             self.advance(done)
             self.fetch()
+            self.layers.forget()
             if self.record is not None:
                 self.record = self.step.fingerprints.take(verdict.step)
 
@@ -84,6 +87,7 @@ class Trainer(Run):
         config = self.config
         return (
             self.record is not None
+            or self.layers.seen is not None
             or self.done == self.total_steps
             or self.setbacks.is_due(self.done)
             or any(

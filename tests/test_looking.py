@@ -20,7 +20,8 @@ from torch import nn
 
 from ddptrain.build import build_trainer
 from ddptrain.compose import compose
-from ddptrain.errors import Refused
+from ddptrain.errors import NonFiniteError, Refused
+from ddptrain.lagging import STEPS, Lagging
 from ddptrain.layers.counting import count_exponents, sums
 from ddptrain.layers.faults import Layer, find
 from ddptrain.layers.noise import Noise, advise, estimate, mean
@@ -29,7 +30,7 @@ from ddptrain.observe.histograms import Histogram
 from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
-from ddptrain.run_directory import RunDirectory
+from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.state import fingerprint
 
 Make = Callable[..., Trainer]
@@ -76,6 +77,7 @@ def take(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
     for step in range(steps):
         with trainer.layers.watch(step):
             trainer.step(step, trainer.batches)
+        trainer.layers.tell(step + 1)
     trainer.observer.close()
     return lines_of(trainer.observer.run.path)
 
@@ -333,6 +335,7 @@ def test_what_is_wrong_is_said_once_and_names_the_layer(
         assert trainer.layers.told
         with trainer.layers.watch(2):
             trainer.step(2, trainer.fetcher.steps(2, 3, 0, 1))
+        trainer.layers.tell(3)
     again = [record.getMessage() for record in caplog.records][len(first) :]
     assert not [message for message in again if said.partition(": ")[2] in message]
 
@@ -388,6 +391,54 @@ def test_a_run_tells_its_noise_scale_and_goes_on_from_its_log(tmp_path: Path) ->
     assert sum(shown[0].histogram_value.bucket) == 8 * 3
     shown = events.Histograms("activations/model.first")
     assert sum(shown[0].histogram_value.bucket) == 24 * 8 * 12
+
+
+def late(self: Lagging, wait: bool) -> list[tuple[int, list[float]]]:
+    """What a GPU's host knows, at a speed that a CPU has."""
+    arrived = [self.pending.popleft() for _ in range(len(self.pending) - (0 if wait else STEPS))]
+    return [(step, numbers.tolist()) for step, numbers, _ in arrived]
+
+
+def trained(run_dir: Path, *overrides: str) -> Trainer:
+    given = ["experiment=ragged", *QUIET, *overrides, f"run.dir={run_dir}"]
+    config = compose(given)
+    ranks = Ranks(Place(), torch.device("cpu"), None)
+    trainer = build_trainer(config, ranks, open_directory(config, given), Phases())
+    try:
+        trainer.train()
+    finally:
+        trainer.observer.close()
+    return trainer
+
+
+@pytest.mark.parametrize("sample", [17, 3])
+def test_a_step_that_is_taken_again_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: int
+) -> None:
+    """A fault that is known two steps later, and one that is known at once, leave the same."""
+    monkeypatch.chdir(PROJECT)
+    given = [
+        *("log.layers_every_steps=2", "train.max_steps=12", "log.every_steps=100"),
+        *("train.nonfinite=rewind", "train.rewind_every_steps=5"),
+        f"data.train.infinite_at={sample}",
+    ]
+    told = []
+    for name in ("at once", "late"):
+        assert trained(tmp_path / name, *given).step.rewinds > 0
+        told.append(lines_of(tmp_path / name))
+        monkeypatch.setattr(Lagging, "take", late)
+    assert [line["step"] for line in told[1]] == list(range(2, 13, 2))
+    assert told[0] == told[1]
+
+
+def test_what_is_not_finite_is_told_of_before_it_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(PROJECT)
+    with pytest.raises(NonFiniteError), caplog.at_level(logging.WARNING):
+        trained(tmp_path / "run", LOOK, "data.train.infinite_at=17", "train.max_steps=24")
+    assert "the first output that is not is that of model.first" in caplog.text
+    assert lines_of(tmp_path / "run")[-1]["faults"]
 
 
 def test_a_number_below_one_is_refused() -> None:

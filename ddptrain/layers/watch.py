@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from ddptrain import pulse
-from ddptrain.layers.activations import Outputs, together
+from ddptrain.layers.activations import together
 from ddptrain.layers.faults import Fault, Layer, find
 from ddptrain.layers.noise import Noise, advise, mean
-from ddptrain.layers.sight import MicroBatch, Parameter, Sight
+from ddptrain.layers.sight import Parameter, Share, Sight
 from ddptrain.observe.histograms import Histogram
 from ddptrain.observe.observer import Observer
 from ddptrain.parallel.ranks import Ranks
@@ -20,6 +21,15 @@ from ddptrain.screen import say
 from ddptrain.step import Step
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of the step after which ``done`` are done, by every rank."""
+
+    done: int
+    sight: Sight
+    shares: list[Share]
 
 
 class Layers:
@@ -39,9 +49,11 @@ class Layers:
         self.log_every = log_every
         self.noises: dict[int, Noise] = {}  # by steps done; on rank 0
         self.told: set[tuple[str, str]] = set()
+        self.seen: Seen | None = None  # that is still to be told
 
     def restore(self) -> None:
         """Know again what the run's log has of the steps that are done."""
+        self.seen = None
         if self.every is None:
             return
         self.noises, self.told = {}, set()
@@ -51,7 +63,7 @@ class Layers:
             self.told |= {(kind, layer) for kind, layer in line.get("faults", [])}
 
     def watch(self, step: int) -> AbstractContextManager[None]:
-        """What step ``step`` (from 0) is to be taken in."""
+        """What step ``step`` (from 0) is to be taken in; ``tell`` tells of it."""
         if self.every is None or (step + 1) % self.every:
             return nullcontext()
         return self._watched(step + 1)
@@ -63,19 +75,27 @@ class Layers:
             sight.register(hooks)
             yield
         pulse.enter("looking into the layers")
-        shares = self.ranks.gather(sight.share())
-        if self.ranks.is_first:
-            micro_batches = {i: m for share in shares for i, m in share.micro_batches.items()}
-            outputs = together([share.outputs for share in shares])
-            self._tell(done, sight, micro_batches, outputs)
+        self.seen = Seen(done, sight, self.ranks.gather(sight.share()))
 
-    def _tell(
-        self,
-        done: int,
-        sight: Sight,
-        micro_batches: dict[int, MicroBatch],
-        outputs: dict[str, Outputs],
-    ) -> None:
+    def tell(self, done: int) -> None:
+        """Tell of the step after which ``done`` are done, if it was looked into and not told of.
+
+        That is, once it is known to count, or to be the one at fault: on a GPU a step may have been
+        taken behind one that the run goes back from, and is taken again.
+        """
+        if self.seen is None or self.seen.done != done:
+            return
+        sight, shares, self.seen = self.seen.sight, self.seen.shares, None
+        if self.ranks.is_first:
+            self._tell(done, sight, shares)
+
+    def forget(self) -> None:
+        """Tell nothing of a step that does not count: the run has gone back."""
+        self.seen = None
+
+    def _tell(self, done: int, sight: Sight, shares: list[Share]) -> None:
+        micro_batches = {i: m for share in shares for i, m in share.micro_batches.items()}
+        outputs = together([share.outputs for share in shares])
         noise = sight.noise(micro_batches)
         if noise is not None and math.isfinite(noise.trace) and math.isfinite(noise.signal):
             self.noises[done] = noise
