@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -11,7 +12,8 @@ import pytest
 from launching import DDPTRAIN, LIMIT_SECONDS, kill_tree, read_result, run, start
 
 from ddptrain.cli import main
-from ddptrain.errors import EXIT_REFUSED, EXIT_STOPPED, Refused
+from ddptrain.errors import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, Refused
+from ddptrain.parts import build_source
 from ddptrain.studies.study import Study
 from ddptrain.studies.table import plain
 
@@ -88,6 +90,68 @@ def test_the_report_is_whole(made: tuple[Path, str]) -> None:
     assert text.count("weights_sha256 `") == 9
     assert "made/report.html" in out
     assert "not in 46" in out
+
+
+SPOILT = """
+import os, time
+import torch
+from ddptrain.errors import DataError
+
+
+class Spoilt(torch.optim.SGD):
+    def step(self, closure=None):
+        if os.environ.get("RANK") == "1":
+            raise DataError("a disk of this rank alone")
+        return super().step(closure)
+
+
+class Stuck(torch.optim.SGD):
+    def __init__(self, *given, **more):
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> list[str]:
+    """The command of a study whose optimiser is still to be named; its folder is the test's."""
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    only = ["--only", "batches", "train.max_steps=3", "--out", "made"]
+    return [*DDPTRAIN, "study", "gradient-descent", *only]
+
+
+def test_the_rank_that_met_an_error_tells_it(tmp_path: Path, spoilt: list[str]) -> None:
+    ranks = ["launch.nproc_per_node=2", "optim._target_=spoilt.Spoilt"]
+    finished = run([*spoilt, *ranks], tmp_path)
+    assert finished.returncode == EXIT_FAILED
+    assert re.search(r"^rank 1.*a disk of this rank alone$", finished.stderr, re.MULTILINE)
+    assert "the study is not finished" in finished.stderr
+    lines = (tmp_path / "made" / "batch-all" / "crashes.jsonl").read_text().splitlines()
+    (cause,) = [crash for crash in map(json.loads, lines) if crash["is_cause"]]
+    assert (cause["rank"], cause["step"], cause["is_final"]) == (1, 0, False)
+
+
+def test_a_run_that_hangs_is_ended(tmp_path: Path, spoilt: list[str]) -> None:
+    """Within twelve times as long, for it does so in its start-up."""
+    stuck = ["resilience.hang_seconds=0.4", "optim._target_=spoilt.Stuck"]
+    finished = run([*spoilt, *stuck, "launch.nproc_per_node=1"], tmp_path)
+    assert finished.returncode == EXIT_FAILED
+    assert "no progress for 0.4 s (resilience.hang_seconds): rank 0 has been in" in finished.stderr
+
+
+def test_a_study_whose_runs_cannot_be_made_is_no_success(tmp_path: Path) -> None:
+    given = ["--only", "batches", "optim.lr=-1", "launch.nproc_per_node=1"]
+    finished = run([*DDPTRAIN, "study", "gradient-descent", *given], tmp_path)
+    assert finished.returncode == EXIT_REFUSED
+    assert "-1" in finished.stderr
+
+
+@pytest.mark.parametrize("samples", [100, 300, 1000])
+def test_as_many_ranks_make_a_run_as_its_first_step_has_work_for(samples: int) -> None:
+    study = Study.named("gradient-descent", None, [f"data.train.samples={samples}"], ["batches"])
+    for planned in study.plan.runs():
+        made = study.made(planned)
+        plan = build_source(made.config, "train", whole=False).plan
+        assert made.micro_batches == len(plan.micro_batches(0))
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,7 @@ class Attempt:
             from ddptrain.launch.doctor import refuse_unfit
 
             refuse_unfit(ranks, config)
-        if hang_seconds is not None:
-            processes = ranks.attempt.processes
-            self.watchdog = Watchdog(place, ranks.board(), processes, hang_seconds, self.leave)
-            self.watchdog.start()
-        ranks.join(_timeout(hang_seconds))
+        self.watch(ranks)
         self.run, self.claim = agree_on_directory(config, ranks, overrides)
         open_log(self.run.logs, place)
         if config.launch.bind_cpus:
@@ -150,6 +146,15 @@ class Attempt:
         Crashes(self.run.crashes).refuse_loop()
         self.ranks = ranks
         return ranks
+
+    def watch(self, ranks: Ranks) -> None:
+        """Form the process group of ``ranks``, which have met; from here on none hangs unseen."""
+        hang_seconds = self.config.resilience.hang_seconds
+        if hang_seconds is not None:
+            processes = ranks.attempt.processes
+            self.watchdog = Watchdog(self.place, ranks.board(), processes, hang_seconds, self.leave)
+            self.watchdog.start()
+        ranks.join(_timeout(hang_seconds))
 
     def train(self, phases: Phases) -> None:
         """Build the trainer, and train to the end."""
@@ -221,6 +226,12 @@ class Attempt:
         waits = is_of_peer(error)  # for the rank with the cause to speak first
         code = EXIT_FAILED if waits else exit_with(*told)
         self.has_told = not waits
+        self.conclude(error, context, is_cause=not waits)
+        faulthandler.cancel_dump_traceback_later()
+        return exit_with(*told) if waits else code
+
+    def conclude(self, error: BaseException, context: str, is_cause: bool) -> None:
+        """Watch no more, save what can be saved, and leave on record how this rank ended."""
         if self.watchdog is not None:
             self.watchdog.end(failed=not isinstance(error, OF_ALL_RANKS))
         if self.trainer is not None:
@@ -232,15 +243,13 @@ class Attempt:
             if not isinstance(error, Stopped):
                 with contextlib.suppress(Exception):
                     is_final = isinstance(error, NonFiniteError | Superseded)
-                    self.note(f"{context}{summary(error)}", not waits, is_final)
+                    self.note(f"{context}{summary(error)}", is_cause, is_final)
             if self.place.rank == 0 and self.run is not None:
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 with contextlib.suppress(Exception):
                     if self.may_write():
                         seconds = time.monotonic() - self.began
                         write_result(self.run, result_of(self.trainer, status, seconds))
-        faulthandler.cancel_dump_traceback_later()
-        return exit_with(*told) if waits else code
 
     def may_write(self) -> bool:
         """Whether no other start has taken over, for all that can be known."""

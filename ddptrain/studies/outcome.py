@@ -88,11 +88,20 @@ class Made:
             for step, loss in losses.items()
         ]
 
+    @property
+    def micro_batches(self) -> int:
+        """How many the first step has, as many as any: so many ranks have work in it."""
+        whole = self._whole()
+        size, micro = self.config.train.sizes(whole)
+        return math.ceil(min(size, whole) / micro)
+
+    def _whole(self) -> int:
+        return len(split_indices(self.config.data.train["samples"], "train"))
+
     def samples(self, step: int) -> int:
         """How many samples ``step`` steps take; an epoch's last one takes what is left."""
-        whole = len(split_indices(self.config.data.train["samples"], "train"))
-        size = self.config.train.global_batch_size
-        size = whole if size == ALL else int(size)
+        whole = self._whole()
+        size, _ = self.config.train.sizes(whole)
         steps = math.ceil(whole / size)
         return step // steps * whole + step % steps * size
 

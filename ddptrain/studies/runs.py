@@ -11,23 +11,24 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 
 from torch._C._distributed_c10d import PrefixStore
 
-from ddptrain.errors import NonFiniteError, Stopped, TrainingError
+from ddptrain import pulse
+from ddptrain.errors import NonFiniteError, Stopped
 from ddptrain.launch.agreement import agree_on_code, agree_on_config, agree_on_directory
-from ddptrain.launch.ending import result_of, where
+from ddptrain.launch.binding import bind_cpus
 from ddptrain.launch.patience import meeting_seconds
-from ddptrain.launch.worker import TIMEOUT, Attempt
+from ddptrain.launch.worker import Attempt
 from ddptrain.observe.logs import open_log
 from ddptrain.observe.phases import Phases
-from ddptrain.observe.result import write_result
 from ddptrain.parallel.exact import make_deterministic
 from ddptrain.parallel.ranks import Ranks, choose_device
 from ddptrain.place import Place, choose_interface
-from ddptrain.resilience.crashes import Crashes
-from ddptrain.resilience.failure import summary
+from ddptrain.resilience import flight
+from ddptrain.resilience.failure import leave_now
 from ddptrain.resilience.preemption import StopRequest
 from ddptrain.screen import say
 from ddptrain.studies.outcome import Made
@@ -43,9 +44,17 @@ def make_runs(study: Study, place: Place, stop_request: StopRequest) -> None:
     device = choose_device(first.train.device.name, place)
     choose_interface(first.launch.interface)
     stop_request.grace_seconds = first.resilience.grace_seconds
+    if device.type == "cuda" and first.resilience.hang_seconds is not None:
+        flight.arm()
     met = Ranks(place, device, None)
     met.meet(meeting_seconds(first))
     agree_on_code(first, met)
+    if first.launch.check:
+        from ddptrain.launch.doctor import refuse_unfit
+
+        refuse_unfit(met, first)
+    if first.launch.bind_cpus:
+        bind_cpus(place, device)
     make_deterministic(device)
     for number, each in enumerate(planned, start=1):
         made = study.made(each)
@@ -64,35 +73,54 @@ def make_runs(study: Study, place: Place, stop_request: StopRequest) -> None:
 
 
 def _make(study: Study, made: Made, met: Ranks, stop_request: StopRequest) -> None:
-    """Make a run on as many of the ranks as its steps have work for; the others wait."""
-    micro_batches = made.config.train.micro_batches()
-    size = min(met.world_size, micro_batches or met.world_size)
-    name = made.planned.name
+    """Make a run on as many of the ranks as its steps have work for; the others wait.
+
+    A run whose loss is no number any more is one that the study tells of, and all its ranks know of
+    it. Any other error ends the study, told by the rank that met it.
+    """
+    name, size = made.planned.name, min(met.world_size, made.micro_batches)
     if met.rank >= size:
         _await(met, f"over/{name}", stop_request)
         return
-    ranks = Ranks(Place(met.rank, size, met.place.local_rank), met.device, None)
-    if size > 1:
-        assert met.store is not None
-        ranks.store, ranks.attempt = PrefixStore(f"run/{name}", met.store), met.attempt
-    attempt = Attempt(made.config, ranks.place, stop_request)
-    attempt.ranks = ranks
+    attempt = _attempt(made, met, size, stop_request)
     with _quiet():
         try:
-            ranks.join(TIMEOUT)
+            pulse.enter(pulse.START_UP, step=-1)  # and not where the run before has ended
+            attempt.watch(attempt.ranks)
             _train(attempt, made)
-        except Exception as error:
-            if not _face(attempt, error) or isinstance(error, Stopped):
+        except (NonFiniteError, Stopped) as error:
+            attempt.conclude(error, "", is_cause=True)
+            if isinstance(error, Stopped):
                 raise
+        except Exception as error:
+            code = attempt.fail(error, on_screen=False)  # but by who has started it
+            if met.world_size > 1:
+                leave_now(code)
+            raise
         finally:
             stop_request.rescue = None
             # DDP's hold on the process group must go before the group does: see run_rank.
             attempt.trainer = None
             gc.collect()
             gc.freeze()  # what is left was imported: the next collection need not look at it
-            ranks.leave()
+            attempt.ranks.leave()
+            if attempt.watchdog is not None:
+                attempt.watchdog.has_ended()
     if met.store is not None and met.rank == 0:
         met.store.set(f"over/{name}", "1")
+
+
+def _attempt(made: Made, met: Ranks, size: int, stop_request: StopRequest) -> Attempt:
+    """The start of a run on the first ``size`` ranks, whose messages are its own."""
+    name = made.planned.name
+    ranks = Ranks(Place(met.rank, size, met.place.local_rank), met.device, None)
+    if size > 1:
+        assert met.store is not None
+        ranks.store = PrefixStore(f"run/{name}", met.store)
+        ranks.attempt = replace(met.attempt, name=f"{met.attempt.name}-{name}")
+    attempt = Attempt(made.config, ranks.place, stop_request)
+    attempt.ranks = ranks
+    return attempt
 
 
 def _train(attempt: Attempt, made: Made) -> None:
@@ -102,32 +130,6 @@ def _train(attempt: Attempt, made: Made) -> None:
     attempt.run, attempt.claim = agree_on_directory(config, ranks, made.arguments)
     open_log(attempt.run.logs, ranks.place)
     attempt.train(Phases())
-
-
-def _face(attempt: Attempt, error: Exception) -> bool:
-    """Leave in the run's directory how it failed; return whether the study can go on.
-
-    It can after what the framework itself ends a run for, which all ranks meet alike. Of an error
-    of one rank alone the others hear that it has left, and end.
-    """
-    run, claim, trainer = attempt.run, attempt.claim, attempt.trainer
-    is_stopped = isinstance(error, Stopped)
-    if trainer is not None:
-        with suppress(Exception):  # the error to tell is the first one
-            trainer.observer.close()
-    if run is None or claim is None:
-        return attempt.place.world_size == 1 and isinstance(error, TrainingError)
-    context = "" if trainer is None else where(trainer, error)
-    if attempt.place.rank == 0:
-        status, seconds = "stopped" if is_stopped else "failed", time.monotonic() - attempt.began
-        if trainer is not None:
-            write_result(run, result_of(trainer, status, seconds))
-        if not is_stopped:
-            step, is_final = trainer.done if trainer else 0, isinstance(error, NonFiniteError)
-            finished = step - trainer.started_at if trainer else 0
-            told = f"{context}{summary(error)}"
-            Crashes(run.crashes).add(claim.token, 0, step, finished, True, told, is_final)
-    return isinstance(error, TrainingError)
 
 
 def _await(met: Ranks, key: str, stop_request: StopRequest) -> None:
