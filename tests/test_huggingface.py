@@ -479,6 +479,10 @@ THREE += ["data.train.path=three.csv", "model.config.hidden_size=8", "~model.con
         (["+model.config.id2label={0: a, 1: b, 2: c}"], None),
         ([], r"data\.train: label: there are 3 classes \(a, b, c\), but the model has 2 outputs"),
         (
+            ["data.train.label=share"],
+            "data.train: label: they are numbers, but the model has 2 out",
+        ),
+        (
             ["task.predicts=number"],
             "3 classes, but the model predicts a number; set data.train.out",
         ),
