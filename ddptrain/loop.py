@@ -164,8 +164,10 @@ class Trainer(Run):
             names = [f"val/{name}" for name in self.evaluations["val"].names()]
             for key, metric in self.metrics_needed.items():
                 if metric not in names:
-                    hint = suggest(metric, names)
-                    raise Refused(f"{key}={metric}: the task has no such metric{hint}")
+                    raise Refused(
+                        f"{key}={metric}: the task has no such metric{suggest(metric, names)} "
+                        "(of built-in tasks, task.metrics says which there are)"
+                    )
             self.metrics_needed = {}
 
     def validate(self) -> bool:

@@ -281,12 +281,12 @@ def test_the_noise_of_a_step_is_that_of_its_micro_batches(make: Make) -> None:
 
 
 def test_advice_goes_by_how_far_the_batch_is_from_the_noise_scale() -> None:
-    said = [advise(Noise(100.0 * scale, 100.0, 32)) for scale in (1, 32, 1000)]
+    said = [advise(Noise(100.0 * scale, 100.0, 32), 2) for scale in (1, 32, 1000)]
     for sentence, verdict in zip(said, ["far above it", "near it", "far below it"], strict=True):
         assert verdict in str(sentence)
-    assert "32 (samples" in str(said[1])
+    assert "these had 32 in the mean" in str(said[1])
     assert "50%" in str(said[1])
-    assert advise(Noise(1.0, -1.0, 32)) is None
+    assert "no estimate by one step" in advise(Noise(1.0, -1.0, 32), 1)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,9 @@ def test_what_a_forward_does_and_tells_is_that_of_each_copy(
         together(batch)
     assert len(caplog.records) == (samples == 3)  # said once
     for number, (task, loss) in enumerate(zip(alone, losses[1:], strict=True)):
+        total, count = whole.logs[f"restart_{number}/loss"]
+        assert (float(total), int(count)) == (pytest.approx(loss.sum.item(), rel=1e-5), samples)
+        assert f"restart_{number}/told" in whole.logs
         own = torch.autograd.grad(loss.sum, list(task.parameters()))
         for mine, its in zip(gradients, own, strict=True):
             torch.testing.assert_close(mine[number], its, rtol=1e-4, atol=1e-5)

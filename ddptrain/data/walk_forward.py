@@ -117,6 +117,8 @@ class WalkForward(TensorDataset):
         windows = np.stack(
             [past[origin - parts.window : origin].ravel() for origin in self.origins]
         )
+        back = range(parts.window - 1, -1, -1)
+        self.feature_names = [f"{column} −{step}" for step in back for column in columns.values]
         targets = self._changes(self.origins) / self.scale
         super().__init__(torch.from_numpy(windows), torch.from_numpy(targets).float())
 

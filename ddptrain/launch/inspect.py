@@ -11,7 +11,7 @@ from ddptrain.checkpoint.checkpoints import Checkpoints
 from ddptrain.checkpoint.saved import OPTIMIZER
 from ddptrain.config import Config
 from ddptrain.data.fetch import Fetcher
-from ddptrain.errors import EXIT_COMPLETED, CheckpointError, Refused
+from ddptrain.errors import EXIT_COMPLETED, Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.optim.average import put_averages
@@ -97,7 +97,8 @@ def load(
 def _find(checkpoints: Checkpoints, which: str, run: RunDirectory) -> int:
     if which == "latest":
         if (newest := checkpoints.newest()) is None:
-            raise CheckpointError(f"{checkpoints.store.medium.where('')}: no checkpoint yet")
+            where = checkpoints.store.medium.where("")
+            raise Refused(f"{where}: no checkpoint yet; train the run until it has saved one")
         return newest.step
     steps = checkpoints.store.steps()
     step = checkpoints.best_step() if which == "best" else int(which) if which.isdecimal() else None

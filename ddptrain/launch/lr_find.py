@@ -69,8 +69,9 @@ class Curve:
         axes.plot(self.rates, self.losses, ".", markersize=3, color="0.7", label="of each step")
         axes.plot(self.rates, self.smoothed, linewidth=1.5, label="smoothed")
         known = [loss for loss in self.smoothed if math.isfinite(loss)]
-        room = 0.05 * (max(known) - min(known)) or 1.0
-        axes.set_ylim(min(known) - room, min(max(known), 2 * known[0]) + room)
+        lowest = min(loss for loss in (*known, *self.losses) if math.isfinite(loss))
+        room = 0.05 * (max(known) - lowest) or 1.0
+        axes.set_ylim(lowest - room, min(max(known), 2 * known[0]) + room)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("loss")

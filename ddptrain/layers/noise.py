@@ -57,14 +57,18 @@ def mean(of_steps: Iterable[Noise]) -> Noise | None:
     return Noise(*each)
 
 
-def advise(noise: Noise) -> str | None:
-    """What it means for the batch size, in a line; None if there is no estimate.
+def advise(noise: Noise, steps: int) -> str:
+    """What the mean of so many ``steps`` says of the batch size, in a line.
 
     A step's progress at the best rate is 1 / (1 + scale / batch) of the most that any batch gives.
     """
     scale = noise.scale
+    told = f"{steps} steps" if steps > 1 else "one step"
     if scale is None:
-        return None
+        return (
+            f"gradient noise scale: no estimate by {told}, for the noise "
+            "hides the gradient; look into more of them (log.layers_every_steps)"
+        )
     share, doubled = (1 / (1 + scale / (times * noise.count)) for times in (1, 2))
     if noise.count * FAR < scale:
         verdict = "far below it: a larger one would need nearly as many samples, in fewer steps"
@@ -73,7 +77,7 @@ def advise(noise: Noise) -> str | None:
     else:
         verdict = "near it: a larger one would need fewer steps, but more samples"
     return (
-        f"gradient noise scale about {scale:.3g}; a step has {noise.count:.3g} (samples, or what "
-        f"its loss counts), {verdict} (the progress of a step is {share:.0%} of what the largest "
-        f"batch would make, with twice the batch {doubled:.0%})"
+        f"gradient noise scale about {scale:.3g}, by {told}; these had {noise.count:.3g} in the "
+        f"mean (samples, or what the loss counts), {verdict} (the progress of a step is "
+        f"{share:.0%} of what the largest batch would make, with twice the batch {doubled:.0%})"
     )

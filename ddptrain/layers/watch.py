@@ -136,9 +136,9 @@ class Layers:
 
     def conclude(self, done: int) -> None:
         """Say what the second half of a run tells of its batch size, if that was measured."""
-        noise = mean(noise for step, noise in self.noises.items() if step > done // 2)
-        if noise is not None and (advice := advise(noise)) is not None:
-            say(advice)
+        late = [noise for step, noise in self.noises.items() if step > done // 2]
+        if (noise := mean(late)) is not None:
+            say(advise(noise, len(late)))
 
 
 def _layers(parameters: dict[str, Parameter], given: dict[str, Histogram]) -> list[Layer]:

@@ -33,7 +33,8 @@ def study(parsed: Namespace) -> int:
         return _be_rank(chosen, place)
     ranks = _count(chosen)
     chosen.prepare()
-    say(f"study        {chosen.plan.name}, on {ranks} rank(s), in {short(chosen.folder)}")
+    told = f"{ranks} ranks" if ranks > 1 else "1 rank"
+    say(f"study        {chosen.plan.name}, on {told}, in {short(chosen.folder)}")
     if ranks == 1:
         return _be_rank(chosen, Place())
     return _start(chosen, parsed, ranks)
@@ -84,5 +85,5 @@ def _be_rank(chosen: Study, place: Place) -> int:
     except Stopped as stopped:
         raise Stopped(f"{str(stopped).partition(';')[0]}; {_stopped(chosen)}") from None
     if place.rank == 0:
-        say(write_report(chosen))
+        say(write_report(chosen.with_others()))
     return EXIT_COMPLETED

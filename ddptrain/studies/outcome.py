@@ -65,6 +65,11 @@ class Made:
         return self.status == "completed" or (failure is not None and bool(failure.get("is_final")))
 
     @property
+    def ended(self) -> str:
+        """``status``, in the words of a report: only what diverged fails for good."""
+        return "diverged" if self.is_over and self.status != "completed" else self.status
+
+    @property
     def why(self) -> str:
         """What the framework said of its failure; empty if it did not fail."""
         return "" if self.failure is None else str(self.failure["error"])

@@ -62,14 +62,14 @@ def make_runs(study: Study, place: Place, stop_request: StopRequest) -> None:
         told = f"[{number}/{len(planned)}] {each.name:<22}"
         if made.is_over:
             if place.rank == 0:
-                say(f"{told} {made.status} before")
+                say(f"{told} {made.ended} before")
             continue
         began = time.monotonic()
         _make(study, made, met, stop_request)
         if place.rank == 0:
             now = study.made(each)
             why = f": {now.why}" if now.why else ""
-            say(f"{told} {now.status} in {time.monotonic() - began:.1f} s{why[:160]}")
+            say(f"{told} {now.ended} in {time.monotonic() - began:.1f} s{why[:160]}")
 
 
 def _make(study: Study, made: Made, met: Ranks, stop_request: StopRequest) -> None:

@@ -101,6 +101,16 @@ class Study:
             self.configs[planned.name] = compose([*self.arguments(planned), where])
         return self.configs[planned.name]
 
+    def with_others(self) -> Study:
+        """This, and the comparisons whose runs are all there from before: what a report is of."""
+        whole, chosen = STUDIES[self.plan.name], {each.name for each in self.plan.comparisons}
+        kept = [
+            each
+            for each in whole.comparisons
+            if each.name in chosen or all(self.made(planned).is_over for planned in each.runs)
+        ]
+        return replace(self, plan=replace(whole, comparisons=tuple(kept)))
+
     def made(self, planned: Planned) -> Made:
         """What has come of a run by now."""
         run = RunDirectory(self.folder / planned.name)

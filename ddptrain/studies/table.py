@@ -70,7 +70,7 @@ def _samples(made: Made) -> str:
 
 
 def _ended(made: Made) -> str:
-    return made.status if made.status == "completed" else f"{made.status} after {_steps(made)}"
+    return made.ended if made.status == "completed" else f"{made.ended} after {_steps(made)}"
 
 
 def _seconds(made: Made) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -147,22 +148,19 @@ class Restarts(Task):
         return [{name: p[i] for name, p in parts.items()} for i in range(len(self.copies))]
 
     def _of_best(self, loss: Loss, values: list[Any]) -> Loss:
-        """The best copy's loss, with all copies' gradients.
+        """The best copy's loss, with all copies' gradients; what each copy tells is in its logs.
 
         ``values`` are what is in ``loss``: tensors of all copies, or what is alike in them.
         """
         best = self.get_buffer(BEST).reshape(1)
-        picked = iter(
-            [v.detach().index_select(0, best)[0] if isinstance(v, Tensor) else v for v in values]
-        )
+        chosen, count, logs = _told(loss, values, lambda v: v.index_select(0, best)[0])
+        for number in range(len(self.copies)):
+            own, its_count, its_logs = _told(loss, values, itemgetter(number))
+            its_logs = {"loss": (own, its_count), **its_logs}
+            logs |= {f"{_prefix(number)}{name}": value for name, value in its_logs.items()}
         total = values[0].sum()
         # The difference is zero, and has the gradient; NaN, if any copy's loss is not finite.
-        chosen, count = next(picked) + (total - total.detach()), next(picked)
-        logs = {
-            name: tuple(next(picked) for _ in value) if isinstance(value, tuple) else next(picked)
-            for name, value in loss.logs.items()
-        }
-        return Loss(chosen, count, logs)
+        return Loss(chosen + (total - total.detach()), count, logs)
 
     @property
     def is_projected(self) -> bool:
@@ -183,7 +181,13 @@ class Restarts(Task):
         return self.best.example()
 
     def figures(self, lines: list[dict[str, Any]]) -> dict[str, Figure]:
-        return self.best.figures(lines)
+        """Those of the best, by what it was itself that the lines tell."""
+        prefix = _prefix(self.copies.index(self.best))
+        told = [
+            {**line, **{k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}}
+            for line in lines
+        ]
+        return self.best.figures(told)
 
 
 def _values(loss: Loss) -> Iterator[Any]:
@@ -192,6 +196,24 @@ def _values(loss: Loss) -> Iterator[Any]:
     yield loss.count
     for value in loss.logs.values():
         yield from value if isinstance(value, tuple) else (value,)
+
+
+def _prefix(number: int) -> str:
+    """What the names begin with under which a copy's loss and logs are."""
+    return f"restart_{number}/"
+
+
+def _told(
+    loss: Loss, values: list[Any], pick: Callable[[Tensor], Tensor]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The sum, the count and the logs of one copy, which ``pick`` takes from those of all."""
+    picked = iter([pick(v.detach()) if isinstance(v, Tensor) else v for v in values])
+    total, count = next(picked), next(picked)
+    logs = {
+        name: tuple(next(picked) for _ in value) if isinstance(value, tuple) else next(picked)
+        for name, value in loss.logs.items()
+    }
+    return total, count, logs
 
 
 def _refuse_equal(tasks: Sequence[Task]) -> None:
