@@ -158,7 +158,7 @@ EXACT = {
         *("train.grad_clip.per_unit=0.05", "train.grad_clip.max_value=0.01"),
     ],
     "restarts": ["experiment=ragged", "restarts=3", "train.grad_clip.max_norm=0.1"],
-    "restarts, in turn": ["experiment=ragged", "restarts=2", "model.batch_norm=true"],
+    "restarts, batch norm": ["experiment=ragged", "restarts=2", "model.batch_norm=true"],
     "gaussian": [
         *("experiment=diabetes", "data.val=null", "data.test=null", "eval.every_steps=null"),
         "checkpoint.keep_best=0",
@@ -224,6 +224,7 @@ def layers(ranks: Ranks, folder: Path) -> dict[str, Any]:
         for step in range(4):
             with made.layers.watch(step):
                 made.step(step, made.batches)
+            made.layers.tell(step + 1)
         made.observer.close()
         found[every] = fingerprint(made.task)
     lines = folder / "layers.jsonl"
