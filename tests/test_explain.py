@@ -360,7 +360,7 @@ def test_a_run_without_a_checkpoint_cannot_be_explained(
 ) -> None:
     given = ["experiment=digits", f"run.dir={tmp_path / 'run'}"]
     directory = open_directory(compose(given), given)
-    assert main(["explain", str(directory.path)]) == 1
+    assert main(["explain", str(directory.path)]) == 2
     assert "no checkpoint yet" in capsys.readouterr().err
 
 
