@@ -49,6 +49,13 @@ def test_an_interrupted_study_goes_on_where_it_was(made: tuple[Path, str]) -> No
     assert len(attempts.splitlines()) == 1
 
 
+def test_a_report_is_of_what_was_made_before_as_well(made: tuple[Path, str]) -> None:
+    folder, _ = made
+    again = Study.named("gradient-descent", folder / "made", ["train.max_steps=46"], ["batches"])
+    told = [comparison.name for comparison in again.with_others().plan.comparisons]
+    assert told == ["rates", "batches"]
+
+
 def test_a_run_is_the_one_that_its_command_makes(made: tuple[Path, str]) -> None:
     """In a process of its own, on another number of ranks: sums are exact."""
     folder, _ = made
@@ -69,7 +76,7 @@ def test_a_run_that_diverges_is_told_of_and_the_study_goes_on(made: tuple[Path, 
     assert result["step"] < 46
     for name in ("report.md", "report.html"):
         report = (folder / "made" / name).read_text()
-        assert f"failed after {result['step']}" in report
+        assert f"diverged after {result['step']}" in report
         assert f"step {result['step']} of data.train (Purchase): the loss reaches" in report
     assert read_result(folder / "made" / "rate-10-unpenalised")["status"] == "completed"
 
