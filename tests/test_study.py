@@ -211,8 +211,12 @@ def test_what_is_for_all_runs_is_taken() -> None:
 
 def test_what_only_says_how_a_run_executes_does_not_make_it_another_study(tmp_path: Path) -> None:
     Study.named("gradient-descent", tmp_path / "study", ["seed=1"]).prepare()
+    before = (tmp_path / "study" / "study.json").read_text()
     again = ["seed=1", "launch.nproc_per_node=1"]
     Study.named("gradient-descent", tmp_path / "study", again).prepare()
+    assert (tmp_path / "study" / "study.json").read_text() == before
+    with pytest.raises(Refused, match="holds another study, gradient-descent seed=1"):
+        Study.named("gradient-descent", tmp_path / "study", ["seed=2"]).prepare()
 
 
 def test_columns_of_a_plain_table_are_in_line() -> None:

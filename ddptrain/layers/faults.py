@@ -79,6 +79,16 @@ def _gradients(layers: list[Layer]) -> Known:
     return [(layer.gradient, layer.name) for layer in layers if layer.gradient is not None]
 
 
+def _far_above(large: Known, small: Known) -> tuple[float, str, str] | None:
+    """How many times the largest is above all that are small, and the names of both.
+
+    None unless all that are large are far above them.
+    """
+    (most, of_small), (largest, of_large) = max(small), max(large)
+    is_far = min(large)[0] > GROWN * most and most > 0
+    return (largest / most, of_large, of_small) if is_far else None
+
+
 def _vanishing(layers: list[Layer]) -> Fault | None:
     """Whether all layers of the first third get much less than one of the last."""
     if (thirds := _thirds(_gradients(layers))) is None:
@@ -102,14 +112,13 @@ def _exploding(layers: list[Layer]) -> Fault | None:
     if (thirds := _thirds(_gradients(layers))) is None:
         return None
     first, _, last = thirds
-    most, above = max(last)
-    if not min(first)[0] > GROWN * most or most == 0:
+    if (found := _far_above(first, last)) is None:
         return None
-    largest, name = max(first)
+    times, name, above = found
     return Fault(
         "exploding",
         name,
-        f"the gradient explodes towards the input: a weight of {name} gets {largest / most:.0e} "
+        f"the gradient explodes towards the input: a weight of {name} gets {times:.0e} "
         f"times what one of {above} gets; try smaller initial weights, a normalisation, residual "
         "connections",
     )
@@ -121,13 +130,12 @@ def _growing(layers: list[Layer]) -> Fault | None:
     if (thirds := _thirds(known)) is None:
         return None
     first, _, last = thirds
-    most, below = max(first)
-    if not min(last)[0] > GROWN * most or most == 0:
+    if (found := _far_above(last, first)) is None:
         return None
-    largest, name = max(last)
+    times, name, below = found
     return Fault(
         "growing",
         name,
-        f"outputs explode with depth: those of {name} are {largest / most:.0e} times as large as "
+        f"outputs explode with depth: those of {name} are {times:.0e} times as large as "
         f"those of {below}; try smaller initial weights, a normalisation, residual connections",
     )
