@@ -195,7 +195,7 @@ def test_a_file_for_each_split() -> None:
     assert training.tensors[0].tolist() == [[-1], [1]]
     assert val.tensors[0].tolist() == [[4], [0]]
     assert val.tensors[1].tolist() == [1, 0]
-    with pytest.raises(Refused, match="path: it names no file for test, only for train, val"):
+    with pytest.raises(Refused, match="path: it names nothing for test, only for train, val"):
         Table("test", paths, "y")
     with pytest.raises(Refused, match="split_column: there is a file for each split"):
         Table("val", paths, "y", split_column="x")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ddptrain.data.folders import files_below
 from ddptrain.data.packages import import_package
-from ddptrain.data.splits import no_samples, split_indices
+from ddptrain.data.splits import check_named, no_samples, split_indices
 from ddptrain.errors import Refused
 from ddptrain.nearest import suggest
 
@@ -82,11 +82,7 @@ def read_parts(
         raise Refused("splits: there is a path for each split; leave splits out")
     parts = {}
     for name in ("train", split):
-        if name not in path:
-            raise Refused(
-                f"path: it names nothing for {name}, only for {', '.join(path)}; add it, or set "
-                f"data.{name}=null"
-            )
+        check_named(path, name)
         data = _the_only_one(_open(path[name], options), path[name])
         parts[name] = Part(name, path[name], data, np.arange(len(data)))
     return parts["train"], parts[split]

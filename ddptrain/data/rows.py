@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from ddptrain.data.splits import SPLITS, check_split, no_samples, split_indices
+from ddptrain.data.splits import SPLITS, check_named, check_split, no_samples, split_indices
 from ddptrain.data.tabular import Floats, TabularFile, Texts
 from ddptrain.errors import Refused
 from ddptrain.nearest import suggest
@@ -122,11 +122,7 @@ def read_parts(
         raise Refused("split_column: there is a file for each split; leave split_column out")
     parts = {}
     for name in ("train", split):
-        if name not in path:
-            raise Refused(
-                f"path: it names no file for {name}, only for {', '.join(path)}; add one, or set "
-                f"data.{name}=null"
-            )
+        check_named(path, name)
         if name not in parts:
             file = TabularFile(path[name], missing_values, delimiter)
             parts[name] = Part(name, file, np.arange(file.length))

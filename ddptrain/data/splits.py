@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,15 @@ def check_split(split: str) -> None:
     """Refuse what is no name of a split. Raises ``Refused``."""
     if split not in SPLITS:
         raise Refused(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+
+
+def check_named(path: Mapping[str, str], split: str) -> None:
+    """Refuse a ``path`` by split that has none for ``split``. Raises ``Refused``."""
+    if split not in path:
+        raise Refused(
+            f"path: it names nothing for {split}, only for {', '.join(path)}; add it, or set "
+            f"data.{split}=null"
+        )
 
 
 def split_indices(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddptrain.data.folders import ClassFolders, files_below
-from ddptrain.data.splits import FRACTIONS, check_split, no_samples, split_indices
+from ddptrain.data.splits import FRACTIONS, check_named, check_split, no_samples, split_indices
 from ddptrain.errors import Refused
 
 SUFFIXES = (".txt",)
@@ -156,11 +156,7 @@ def joined(files: Iterable[Path]) -> bytearray:
 def _files_of(path: str | Mapping[str, str], split: str) -> list[Path]:
     """The files at ``path``, or at that of a split. Raises ``Refused`` if there are none."""
     if not isinstance(path, str):
-        if split not in path:
-            raise Refused(
-                f"path: it names nothing for {split}, only for {', '.join(path)}; add it, or set "
-                f"data.{split}=null"
-            )
+        check_named(path, split)
         path = path[split]
     place = Path(path).expanduser()
     if place.is_dir():
