@@ -1,4 +1,4 @@
-# Two commands on a machine with Python 3.11 or newer, git and make: `make train`, `make test`.
+# On a machine with Python 3.11 or newer, git and make: `make train`, `make test`, `make stories`.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,13 +6,20 @@ BIN := .venv/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: train test check clean
+.PHONY: train test stories check clean
 
 train: .venv/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m ddptrain experiment=digits $(ARGS)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# All that is promised, once.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# The same through more launchers, signals and losses, half a minute to minutes each.
+stories: check
+	$(PYTEST) -m long $(ARGS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

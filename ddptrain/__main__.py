@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 
+from ddptrain import garbage
 from ddptrain.parent import end_with_parent, end_with_sweep
 
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGKILL)  # until it can heed a gentler signal: imports take a second
     end_with_sweep()
+    garbage.defer()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # which prints no traceback of imports
 

@@ -35,6 +35,7 @@ def wait_for_size(boxes: Boxes, run_dir: Path, size: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 def test_machines_come_late_are_lost_and_come_back(tmp_path: Path) -> None:
     clean = train(tmp_path / "clean", 1, *RUN)

@@ -100,6 +100,7 @@ def test_a_check_that_holds_lets_the_training_go_on(project: Path) -> None:
     assert (project / "run" / "result.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 def test_what_parts_machines_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three that reach the first, and not each other; one has a disk of its own."""

@@ -370,6 +370,7 @@ def test_a_metric_that_is_not_one_number_is_named() -> None:
         evaluation(Odd()).run()
 
 
+@pytest.mark.long
 def test_what_a_library_draws_when_it_is_imported_changes_no_sample(tmp_path: Path) -> None:
     """Samples draw from generators that the whole process shares."""
     options = ["experiment=ragged", "log.tensorboard=false", "eval.every_steps=100"]

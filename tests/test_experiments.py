@@ -41,6 +41,7 @@ def test_a_small_experiment_reaches_its_targets_on_one_rank(
         assert low <= metrics[f"test/{name}"] <= high, name
 
 
+@pytest.mark.long
 def test_language_model_learns_and_writes(tmp_path: Path) -> None:
     """A short run: far from its target, but below the 8 bits of a byte and able to write."""
     short = ["train.max_steps=20", "eval.every_steps=null", "model.layers=2", "run.dir=run"]

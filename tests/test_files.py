@@ -362,6 +362,7 @@ def test_what_the_guide_shows_fits_together(tmp_path: Path, data: str) -> None:
         assert (loss.sum / loss.count).isfinite()
 
 
+@pytest.mark.long
 def test_images_give_the_same_bits_on_one_rank_and_on_two_with_workers(tmp_path: Path) -> None:
     write_example(tmp_path, "images")
     short = [

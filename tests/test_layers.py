@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 GROUND = {"errors", "keys", "files", "claim", "screen", "parent", "place", "generators", "hashing",
           "srun", "failpoints", "lagging", "pulse", "processes", "beside",
-          "marks", "nearest", "stacked"}  # fmt: skip
+          "garbage", "marks", "nearest", "stacked"}  # fmt: skip
 PLAIN = GROUND | {"config", "targets", "compose", "origin", "overrides", "permitted",
                   "rules", "run_directory", "snapshot", "state", "stored", "trust"}  # fmt: skip
 PARTS = {"tasks", "data", "optim", "parallel"}
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "pulse": set(),
     "processes": set(),
     "beside": set(),
+    "garbage": set(),
     "marks": set(),
     "lagging": set(),
     "nearest": set(),
@@ -96,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": PLAIN
     | {"command_line", "inspection", "project", "remembered", "observe", "resilience", "launch",
        "studies", "verify"},
-    "__main__": {"cli", "errors", "parent", "resilience"},
+    "__main__": {"cli", "errors", "garbage", "parent", "resilience"},
     "__init__": {"loop", "tasks"},
 }  # fmt: skip
 """What each module or package may import of ddptrain, besides itself."""

@@ -364,6 +364,7 @@ def test_a_head_that_begins_at_zero_is_no_vanishing_gradient() -> None:
     assert find(layers, {}, None) == []
 
 
+@pytest.mark.long
 def test_a_run_tells_its_noise_scale_and_goes_on_from_its_log(tmp_path: Path) -> None:
     """Killed between two log lines, and gone on: what is logged is what would have been."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -88,8 +88,7 @@ def test_logistic_regression_agrees_with_sklearn(regression: Path) -> None:
     assert abs(mine["free.intercept"].item() - exact.intercept_[0]) < 1e-4
 
 
-@pytest.mark.ranks(3)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_any_number_of_ranks_has_the_same_bits(
     regression: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -98,6 +97,7 @@ def test_any_number_of_ranks_has_the_same_bits(
     assert read_metrics(tmp_path / "run") == read_metrics(regression)
 
 
+@pytest.mark.long
 def test_two_ranks_of_a_function_without_data(valley: Path, tmp_path: Path) -> None:
     """Refused by default, for a step has one sample; with two it is the same run."""
     refused = run([*DDPTRAIN, "train", "experiment=rosenbrock", "launch.nproc_per_node=2"])

@@ -308,6 +308,7 @@ def test_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
         build_source(compose(["experiment=mine", "model.users=7"]), "val")
 
 
+@pytest.mark.long
 def test_a_file_gives_the_same_bits_on_one_rank_and_on_two(tmp_path: Path) -> None:
     write_example(tmp_path, "interactions")
     short = [

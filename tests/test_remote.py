@@ -130,6 +130,7 @@ def test_a_start_that_found_the_store_away_has_it_later_unless_another_run_does(
         still_later.write(2, {}, {"step": 2, "files": {}})
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_whose_store_another_run_has_taken_is_not_started_again(tmp_path: Path) -> None:
     shared = ["experiment=ragged", "train.max_steps=400", "log.tensorboard=false"]
@@ -177,6 +178,7 @@ def test_a_run_moves_to_another_machine_through_s3(s3: str, tmp_path: Path) -> N
     assert read_result(tmp_path / "second")["weights_sha256"] == expected
 
 
+@pytest.mark.long
 def test_what_a_start_may_do_is_held_against_a_store_elsewhere_too(tmp_path: Path) -> None:
     """``run.resume``, where run.dir is new and checkpoint.dir is not, through a restart as well."""
     few = ["experiment=ragged", "log.tensorboard=false", "data.val=null", "eval.every_steps=null"]
@@ -211,6 +213,7 @@ def test_a_bucket_that_is_not_there_is_told_at_the_start(s3: str, tmp_path: Path
     assert "s3://no-such-bucket/run: cannot be read: The specified bucket does not exist" in line
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_a_store_that_goes_away_stops_no_training_and_is_told_of_in_the_end(
     s3: str, tmp_path: Path

@@ -69,6 +69,7 @@ def skipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.long
 def test_the_checkpoint_before_a_step_at_fault_is_kept(skipped: Path) -> None:
     steps = [line["step"] for line in noted(skipped)]
     assert read_metrics(skipped)[-1]["skipped_steps"] == len(steps)
@@ -112,6 +113,7 @@ def test_what_is_kept_is_the_state_before_the_step(skipped: Path, tmp_path: Path
     assert beyond.stderr == f"ddptrain: step {step + 2}: {known}\n"
 
 
+@pytest.mark.long
 def test_with_rounding_as_many_ranks_give_the_state_to_the_last_digit(tmp_path: Path) -> None:
     """Buffers and loading workers included; a replay takes the place of the one before."""
     options = ["parallel.reduction=mean", "model.batch_norm=true", "data.workers=1"]
@@ -145,6 +147,7 @@ def test_a_step_that_was_fine_is_so_again(skipped: Path) -> None:
     assert f"the loss of the step is {line['loss']:.4g}" in done.stdout
 
 
+@pytest.mark.long
 def test_spikes_and_rewinds_come_again_on_as_many_ranks(tmp_path: Path) -> None:
     """With rounding that depends on their number: the loss is the same to the last digit."""
     loud = ["data.train.loud_at=17", "train.spike.window=8", "train.rewind_every_steps=5"]

@@ -104,10 +104,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
     ("launcher", "inject", "code"),
     [
         pytest.param(UNDER_TORCHRUN, signal_rank(0, signal.SIGKILL), 0, id="rank 0 is killed"),
-        pytest.param(UNDER_TORCHRUN, signal_agent(signal.SIGTERM), 1, id="SIGTERM to torchrun"),
-        pytest.param(UNDER_TORCHRUN, signal_agent(signal.SIGKILL), -9, id="torchrun is killed"),
         pytest.param(LAUNCHED, signal_rank(0, signal.SIGUSR2), 75, id="SIGUSR2 to one rank"),
-        pytest.param(LAUNCHED, signal_all(signal.SIGINT), 75, id="Ctrl-C"),
+        pytest.param(
+            *(UNDER_TORCHRUN, signal_agent(signal.SIGTERM), 1),
+            **{"id": "SIGTERM to torchrun", "marks": pytest.mark.long},
+        ),
+        pytest.param(
+            *(UNDER_TORCHRUN, signal_agent(signal.SIGKILL), -9),
+            **{"id": "torchrun is killed", "marks": pytest.mark.long},
+        ),
+        pytest.param(
+            *(LAUNCHED, signal_all(signal.SIGINT), 75),
+            **{"id": "Ctrl-C", "marks": pytest.mark.long},
+        ),
     ],
 )
 def test_no_step_is_lost(
@@ -142,6 +151,7 @@ def test_no_step_is_lost(
     assert not any(folder.exists() for folder in RunDirectory(run_dir).memories())
 
 
+@pytest.mark.long
 def test_all_ranks_killed_at_once_go_on_from_the_snapshot_in_memory(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -172,6 +182,7 @@ def test_the_cause_is_told_before_what_comes_of_it_and_again_in_the_end(tmp_path
     assert lines[-1].startswith("rank 1: was killed by SIGKILL, without a word; its log: ")
 
 
+@pytest.mark.long
 def test_a_terminal_that_is_closed_stops_a_run_and_loses_nothing(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -204,6 +215,7 @@ def test_a_terminal_that_is_closed_stops_a_run_and_loses_nothing(
     assert read_json_lines(run_dir / "attempts.jsonl")[1]["step"] == done
 
 
+@pytest.mark.long
 def test_a_worker_killed_in_the_first_step_is_no_reason_to_give_up(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -224,6 +236,7 @@ def test_a_worker_killed_in_the_first_step_is_no_reason_to_give_up(
     assert told["restarts"] == 1
 
 
+@pytest.mark.long
 def test_a_signal_between_two_starts_is_heeded(tmp_path: Path) -> None:
     """Every start is killed; from the second on there is a pause."""
     killed = ["data.train.kill_at=0", "launch.max_restarts=9", f"run.dir={tmp_path / 'run'}"]
@@ -238,6 +251,7 @@ def test_a_signal_between_two_starts_is_heeded(tmp_path: Path) -> None:
     assert "stopped between two starts" in err
 
 
+@pytest.mark.long
 def test_a_loss_scale_and_running_statistics_are_rescued_as_well(tmp_path: Path) -> None:
     options = [*RUN, "train.precision=fp16", "model.batch_norm=true", "train.max_steps=40"]
     clean = train(tmp_path / "clean", 1, *options)
@@ -270,6 +284,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     assert "interrupted again" in err
 
 
+@pytest.mark.long
 def test_a_rank_that_cannot_stop_saves_from_the_side(tmp_path: Path) -> None:
     """A data set that sleeps in step 3 holds up the stop until the grace is over."""
     run_dir = tmp_path / "run"
@@ -293,6 +308,7 @@ def test_a_rank_that_cannot_stop_saves_from_the_side(tmp_path: Path) -> None:
     assert json.loads((run_dir / "attempts.jsonl").read_text().splitlines()[1])["step"] == done[-1]
 
 
+@pytest.mark.long
 def test_a_step_that_fails_three_times_ends_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [*LAUNCHED, *RUN, f"run.dir={run_dir}", "launch.max_restarts=9"]

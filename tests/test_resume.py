@@ -130,6 +130,7 @@ def test_resume_never_and_must(undisturbed: tuple[dict[str, Any], Path], tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_torchrun_restart_finds_its_own_run(
     undisturbed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_line_that_spans_a_stop_is_that_of_an_undisturbed_run(
     assert read_metrics(directory.path) == lines
 
 
+@pytest.mark.long
 def test_checkpoints_of_another_config_are_refused_and_left_alone(tmp_path: Path) -> None:
     short = ["train.max_steps=8", "log.tensorboard=false", "eval.every_steps=null", *NO_BEST]
     train(tmp_path / "first", 1, *EXACT, *short)

@@ -113,7 +113,7 @@ REWINDS = {
 }
 
 
-@pytest.mark.parametrize("fault", REWINDS)
+@pytest.mark.parametrize("fault", ["nonfinite", pytest.param("spike", marks=pytest.mark.long)])
 def test_a_rewind_is_the_same_on_any_ranks_and_through_a_crash(tmp_path: Path, fault: str) -> None:
     """Killed between an anchor and the fault behind it, and between two anchors after one."""
     options = [*SHORT, *FEW, *REWINDS[fault], "log.fingerprint_every=1"]
@@ -157,6 +157,7 @@ def test_steps_before_a_rewind_are_no_part_of_the_speed_after_it(tmp_path: Path)
     assert max(speeds) < 250
 
 
+@pytest.mark.long
 def test_a_spike_can_be_passed_over_or_stop_the_run(tmp_path: Path) -> None:
     options = [*SHORT, *FEW, "data.train.loud_at=17"]
     skipped = train(tmp_path / "skip", 1, *options, "train.spike.action=skip")

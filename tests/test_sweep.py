@@ -163,6 +163,7 @@ def test_an_impossible_sweep_is_refused_before_any_trial(
     assert not list(project.glob("runs/sweeps/*"))
 
 
+@pytest.mark.long
 def test_a_trial_outlives_no_sweep_and_is_gone_on_with_at_once(project: Path) -> None:
     """As when the system, out of memory, kills the sweep alone."""
     slow = [*QUICK, "data.train.seconds=0.003", "train.max_steps=40"]
@@ -179,6 +180,7 @@ def test_a_trial_outlives_no_sweep_and_is_gone_on_with_at_once(project: Path) ->
     assert steps == sorted(set(steps)), "the trial of the killed sweep saved what it had done"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["Ctrl-C", "SIGTERM", "SIGKILL", "time"])
 def test_jobs_on_this_machine_end_with_their_sweep(project: Path, ending: str) -> None:
     slow = [*QUICK, "data.train.seconds=0.02", "train.max_steps=1000", "seed=1,2"]
@@ -212,6 +214,7 @@ def test_jobs_on_this_machine_end_with_their_sweep(project: Path, ending: str) -
         assert "trial 0: its job's time was up before it was done: give it more (hy" in err
 
 
+@pytest.mark.long
 def test_jobs_of_a_sweep_that_are_lost_are_failed_trials(project: Path) -> None:
     """Two at a time: of the first two one's process is killed, as a node may be that has it."""
     slow = [*QUICK, "data.train.seconds=0.02", "hydra/launcher=submitit_local", "seed=1,2"]
@@ -242,6 +245,7 @@ def command_of(process: int) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_that_is_interrupted_has_its_trial_save(project: Path, number: int) -> None:
     slow = [*SHORT, "data.train.seconds=0.05", "train.max_steps=1000", "seed=1,2"]
@@ -279,6 +283,7 @@ def test_a_grid_that_was_killed_goes_on_where_it_was(project: Path) -> None:
         assert "holds another sweep, in which trial 0 was: optim.lr=0.1" in other.stderr
 
 
+@pytest.mark.long
 def test_a_search_that_was_killed_has_the_trials_that_it_would_have_had(project: Path) -> None:
     """Also what its sampler draws, in the interrupted trials and in those after them."""
     given = [*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.n_startup_trials=2"]
@@ -329,6 +334,7 @@ def test_a_trial_that_fails_is_a_failed_trial(project: Path) -> None:
     assert "sample 17: " in last
 
 
+@pytest.mark.long
 def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> None:
     """A user's own pruner; what is above its threshold at an evaluation is not trained further."""
     pruners = project / "conf" / "hydra" / "sweeper" / "pruner"
@@ -354,6 +360,7 @@ def test_a_trial_that_does_badly_is_given_up_on_all_its_ranks(project: Path) -> 
     assert out.count("given up: optim.lr=1e-07") == told.count("optim.lr=1e-07")
 
 
+@pytest.mark.long
 def test_jobs_that_start_at_once_do_not_collide(project: Path) -> None:
     """Of two ranks each: neither in a port, nor in a folder."""
     command = [*DDPTRAIN, "train", *QUICK, "train.max_steps=2", "eval.every_steps=null"]
@@ -381,6 +388,7 @@ def test_a_pruner_that_raises_leaves_no_trial_behind(project: Path) -> None:
     assert read_result(project / "runs" / "mine" / "0")["status"] == "stopped"
 
 
+@pytest.mark.long
 def test_shuffled_trials_have_their_order_for_good(project: Path) -> None:
     """In a folder whose name has signs that mean something to Hydra, too."""
     given = [*SHORT[:1], "train.max_steps=1", "eval.every_steps=null", "log.tensorboard=false"]

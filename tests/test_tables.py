@@ -421,6 +421,7 @@ def test_a_training_is_refused_before_it_begins(
     assert message in finished.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_table_gives_the_same_bits_on_one_rank_and_on_two(tmp_path: Path) -> None:
     write_example(tmp_path, "table")
     short = ["experiment=mine", "parallel.reduction=exact", "train.max_steps=6", "data.test=null"]

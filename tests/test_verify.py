@@ -79,6 +79,7 @@ def test_digits_holds_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert re.search(r"evaluation +same metrics of val, test", told)
 
 
+@pytest.mark.long
 def test_users_own_project_holds_up_to_rounding(project: Path) -> None:
     """Augmentation, dropout, uneven counts, a counter that nothing depends on, a BatchNorm."""
     finished = verify(project, *RAGGED, "model.batch_norm=true")
@@ -88,6 +89,7 @@ def test_users_own_project_holds_up_to_rounding(project: Path) -> None:
     assert 0 < float(largest[1]) < 1e-6
 
 
+@pytest.mark.long
 def test_data_set_with_a_generator_of_its_own_is_named(project: Path) -> None:
     finished = verify(project, *RAGGED, *TRAINING, "data.train={_target_:lawless.OwnGenerator}")
     assert finished.returncode == 1
@@ -98,6 +100,7 @@ def test_data_set_with_a_generator_of_its_own_is_named(project: Path) -> None:
     assert finished.stdout.count("breaks the law") == 1
 
 
+@pytest.mark.long
 def test_module_with_a_counter_is_named_and_so_is_the_task_that_averages(project: Path) -> None:
     averages = "task._target_=lawless.Averaging"
     finished = verify(project, *RAGGED, *TRAINING, "--steps", "2", LAWLESS % "Warming", averages)
@@ -112,6 +115,7 @@ def test_module_with_a_counter_is_named_and_so_is_the_task_that_averages(project
     assert "keep it in a buffer" in finished.stdout
 
 
+@pytest.mark.long
 def test_rank_that_fails_is_shown_as_in_training(project: Path) -> None:
     finished = run([*DDPTRAIN, *RAGGED, "task.culprit=1", "task.raise_at=3"], project)
     assert finished.returncode == 1

@@ -262,6 +262,7 @@ def test_a_stopped_rank_is_named_and_killed_and_the_run_goes_on(
     assert "thread MainThread:" in logs
 
 
+@pytest.mark.long
 def test_a_data_set_that_sleeps_is_named_and_the_run_goes_on(tmp_path: Path, expected: str) -> None:
     run_dir, once = tmp_path / "run", tmp_path / "once"
     sleeping = ["data.train.sleep_at=17", f"data.train.once={once}", "resilience.hang_seconds=6"]
@@ -291,6 +292,7 @@ def test_a_collective_that_one_rank_alone_calls_is_named(tmp_path: Path, expecte
     assert read_result(run_dir)["weights_sha256"] == expected
 
 
+@pytest.mark.long
 def test_a_long_evaluation_raises_no_alarm(tmp_path: Path) -> None:
     """Longer than the limit as a whole, though none of its micro-batches is."""
     slow = ["data.val.seconds=0.5", "eval.every_steps=30", "resilience.hang_seconds=4"]

@@ -25,6 +25,7 @@ def unless(reason: str | None) -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.long
 def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     """One in the run directory and one in memory; a loading worker killed, a start stopped."""
     truncated, _, _, _, flipped, _ = DAMAGE
@@ -33,6 +34,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert not tell(in_turn(setting, *faults)).faults  # all have come
 
 
+@pytest.mark.long
 def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Path) -> None:
     """Ranks die while there is no room for snapshots, and while nothing can be written."""
     for reason in (machine.disk_unavailable(), machine.preload_unavailable()):
@@ -58,6 +60,7 @@ def test_a_machine_runs_out_of_memory_and_disk_and_its_clock_jumps(tmp_path: Pat
         assert not tell(story).faults
 
 
+@pytest.mark.long
 def test_a_node_loses_a_rank_its_agent_and_its_link_for_good(tmp_path: Path) -> None:
     unless(network.unavailable())
     setting = short_run(tmp_path, network.TwoNodes, disturbing=TWO_NODES)

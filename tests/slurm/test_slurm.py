@@ -55,6 +55,7 @@ def wait_for_lines(folder: Path, job: int) -> None:
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first line")
 
 
+@pytest.mark.long
 def test_one_rank_on_one_node(slurm: Cluster, tmp_path: Path) -> None:
     """Whatever the job was asked for in tasks."""
     options = "--nodes=1 --ntasks-per-node=2"
@@ -93,6 +94,7 @@ def test_what_ranks_are_refused_is_refused_once(slurm: Cluster, tmp_path: Path) 
     assert len([line for line in lines if "launch.interface=nowhere" in line]) <= 1 + 3
 
 
+@pytest.mark.long
 def test_a_job_that_is_asked_to_stop_before_its_first_step_goes_on(
     slurm: Cluster, tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_a_requeued_job_continues_its_run(slurm: Cluster, tmp_path: Path) -> Non
     assert result["restarts"] == 1
 
 
+@pytest.mark.long
 def test_a_job_that_is_asked_to_stop_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
     """By a signal to its step, as Slurm sends it before a time limit."""
     job = submit(slurm, tmp_path, "train.max_steps=100", script="preemptible")
@@ -137,6 +140,7 @@ def test_a_job_that_is_asked_to_stop_goes_on_by_itself(slurm: Cluster, tmp_path:
     assert (result["step"], result["restarts"], result["lost_steps"]) == (100, 1, 0)
 
 
+@pytest.mark.long
 def test_a_job_stops_before_its_time_is_up(slurm: Cluster, tmp_path: Path) -> None:
     """Of one minute, of which it takes three quarters; the steps need more."""
     slow = ["experiment=ragged", "data.train.seconds=0.02", "train.max_steps=110"]
@@ -154,6 +158,7 @@ def test_a_job_stops_before_its_time_is_up(slurm: Cluster, tmp_path: Path) -> No
     assert (result["step"], result["restarts"], result["lost_steps"]) == (110, 1, 0)
 
 
+@pytest.mark.long
 def test_neither_what_fails_nor_what_is_cancelled_is_started_again(
     slurm: Cluster, tmp_path: Path
 ) -> None:
@@ -179,6 +184,7 @@ def test_a_job_goes_on_elsewhere_when_its_node_is_lost(slurm: Cluster, tmp_path:
     assert (result["step"], result["restarts"]) == (100, 1)
 
 
+@pytest.mark.long
 def test_salloc_trains_on_its_nodes(slurm: Cluster, tmp_path: Path) -> None:
     """In a run of the usual name: a person may start several in one allocation."""
     done = slurm.run(tmp_path, "salloc", "--nodes=2", *TRAIN, "train.max_steps=10")
@@ -200,6 +206,7 @@ kill $other
 """
 
 
+@pytest.mark.long
 def test_a_signal_to_a_launch_ends_nothing_else_of_its_job(slurm: Cluster, tmp_path: Path) -> None:
     command = ["bash", "-c", STOPPED, "-", *TRAIN, "train.max_steps=2000", "run.dir=run"]
     done = slurm.run(tmp_path, "salloc", "--nodes=2", *command)
@@ -208,6 +215,7 @@ def test_a_signal_to_a_launch_ends_nothing_else_of_its_job(slurm: Cluster, tmp_p
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.long
 def test_a_job_knows_nothing_of_the_step_that_submitted_it(slurm: Cluster, tmp_path: Path) -> None:
     """Slurm hands on the variables of whoever submits: of a step, or of a task of an array."""
     script = tmp_path / "outer.sh"
@@ -227,6 +235,7 @@ def test_one_process_of_srun_trains_alone(slurm: Cluster, tmp_path: Path) -> Non
     assert "on 1 rank" in done.stdout
 
 
+@pytest.mark.long
 def test_an_interactive_step_trains_with_ranks_of_its_own(slurm: Cluster, tmp_path: Path) -> None:
     """srun gives the first task a terminal, which it has to have one itself for."""
     command = " ".join(
@@ -262,6 +271,7 @@ def test_several_torchruns_of_srun_are_refused(slurm: Cluster, tmp_path: Path, a
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_torchrun_in_a_batch_script_is_left_alone(slurm: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "own.sh"
     torchrun = "python -m torch.distributed.run --standalone --nproc-per-node=2 -m ddptrain"
@@ -286,6 +296,7 @@ def test_an_array_trains_each_combination_in_a_run_of_its_own(
     assert found == {f"slurm-{job}_1": (True, False), f"slurm-{job}_2": (False, True)}
 
 
+@pytest.mark.long
 def test_a_submitted_job_runs_the_code_that_there_was(slurm: Cluster, tmp_path: Path) -> None:
     """Whatever becomes of the folder while the job waits; a user's own module, on two nodes."""
     project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
@@ -317,6 +328,7 @@ def test_a_submission_that_slurm_refuses_leaves_nothing(slurm: Cluster, tmp_path
     assert not list(tmp_path.glob("runs/*/*"))
 
 
+@pytest.mark.long
 def test_the_doctor_tries_all_nodes_of_a_job(slurm: Cluster, tmp_path: Path) -> None:
     """Both are this machine, at the same address."""
     doctor = ("python", "-m", "ddptrain", "doctor", *OVERRIDES)
@@ -345,6 +357,7 @@ def test_a_node_that_does_not_come_is_named(slurm: Cluster, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_path: Path) -> None:
     """Of two ranks; one of the trials fails, and is a failed trial."""
     project = Path(shutil.copytree(PROJECT, tmp_path / "project"))
@@ -366,6 +379,7 @@ def test_a_sweep_through_submitit_is_a_job_for_each_trial(slurm: Cluster, tmp_pa
     assert "sample 17: ValueError: the file is corrupt" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_jobs_of_a_sweep_end_with_it_and_one_that_is_lost_has_failed(
     slurm: Cluster, tmp_path: Path
 ) -> None:
@@ -421,6 +435,7 @@ def test_jobs_of_a_sweep_end_with_it_and_one_that_is_lost_has_failed(
     assert trial["status"] == "completed", out
 
 
+@pytest.mark.long
 def test_a_sweep_in_a_job_comes_back_to_its_trials(slurm: Cluster, tmp_path: Path) -> None:
     """Each on all nodes of the job, which is requeued in the second one."""
     given = ["--multirun", "seed=1,2", "train.max_steps=40", "checkpoint.every_steps=5"]
