@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddptrain import pulse
 from ddptrain.data.fetch import Fetcher
+from ddptrain.data.named import names_of
 from ddptrain.data.plan import MicroBatch
 from ddptrain.errors import TrainingError
 from ddptrain.generators import key_generators
@@ -112,8 +113,10 @@ class Evaluation:
         values: dict[str, float] = {}
         self.pictures = {}
         for name, metric in metrics.items():
-            if isinstance(metric, Picture) and not self.ranks.is_first:
-                continue
+            if isinstance(metric, Picture):
+                if not self.ranks.is_first:
+                    continue
+                metric.class_names = names_of(self.fetcher.source.dataset, "class_names") or ()
             _merge(metric, [states[name] for states in of_ranks])
             value = self._value(name, metric)
             if isinstance(value, Tensor) and value.numel() == 1:

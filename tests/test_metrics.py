@@ -556,6 +556,23 @@ def seen(draw_on: Callable[[Any], None]) -> Any:
     return axes
 
 
+def test_pictures_name_the_classes_of_the_data() -> None:
+    """Also where a name is no word for matplotlib, too long, or there is none for a class."""
+    data = data_of("multiclass", 1, 90, 4, False)
+    evaluation = evaluation_of(task_of("multiclass", 4), data, alone(), 8)
+    names = ["_cat", "$dog$", "a very long name of a class"]
+    evaluation.fetcher.source.dataset.class_names = names  # type: ignore[attr-defined]
+    evaluation.run()
+    shown = ["_cat", r"\$dog\$", "a very long name of…", "3"]
+    matrix = seen(evaluation.pictures["confusion_matrix"])
+    matrix.figure.canvas.draw()
+    for labels in (matrix.get_xticklabels(), matrix.get_yticklabels()):
+        assert [label.get_text() for label in labels] == shown
+    for curves in ("roc", "pr"):
+        named = seen(evaluation.pictures[curves]).get_legend_handles_labels()[1]
+        assert named[-4:] == ["class _cat", *shown[1:3], "class 3"]
+
+
 def test_a_picture_shows_the_points_of_the_curve_and_the_counts_of_the_matrix() -> None:
     points = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.0, 1.0, 1.0])
     axes = seen(lambda on: ROC().plot([points], on))
@@ -566,6 +583,7 @@ def test_a_picture_shows_the_points_of_the_curve_and_the_counts_of_the_matrix() 
     matrix = seen(lambda on: MulticlassConfusionMatrix(2).plot(counts, on))
     assert [text.get_text() for text in matrix.texts] == ["7", "1", "0", "4"]
     assert matrix.get_xlabel() == "predicted class"
+    assert [label.get_text() for label in matrix.get_xticklabels()] == ["0", "1"]
     bins = torch.tensor([[0.1, 0.2, 0.75], [0.9, 0.8, 0.25]])
     said, curve = seen(lambda on: Reliability().plot(bins, on)).lines
     assert list(said.get_xdata()) == list(said.get_ydata())

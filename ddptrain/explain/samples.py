@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddptrain.data.fetch import Fetcher, Source
+from ddptrain.data.named import names_of
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.data.shuffle import Permutation
 from ddptrain.errors import Refused
@@ -82,14 +83,16 @@ class Example:
         return cls(source, inputs, kind, names, labels_of(batch) is not None)
 
     def class_name(self, label: int) -> str:
-        return _name_of(label, _names(self.source.dataset, "class_names")) if label >= 0 else "all"
+        return (
+            _name_of(label, names_of(self.source.dataset, "class_names")) if label >= 0 else "all"
+        )
 
     def token_name(self, token: int) -> str:
-        return _name_of(token, _names(self.source.dataset, "token_names"))
+        return _name_of(token, names_of(self.source.dataset, "token_names"))
 
 
 def _feature_names(source: Source, shape: torch.Size) -> list[str]:
-    known = _names(source.dataset, "feature_names")
+    known = names_of(source.dataset, "feature_names")
     if known is None:
         return [f"feature {', '.join(map(str, place))}" for place in np.ndindex(*shape)]
     if len(known) != shape.numel():
@@ -98,14 +101,6 @@ def _feature_names(source: Source, shape: torch.Size) -> list[str]:
             "features; give each of them a name"
         )
     return known
-
-
-def _names(dataset: Any, attribute: str) -> list[str] | None:
-    """A list of names that a data set may have, also below a ``Subset`` of torch's."""
-    while not hasattr(dataset, attribute) and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
-    names = getattr(dataset, attribute, None)
-    return None if names is None else [str(name) for name in names]
 
 
 def _name_of(number: int, names: Sequence[str] | None) -> str:

@@ -82,7 +82,8 @@ class ROC(Picture, Scores):
 
     def plot(self, value: Curves, ax: Axes) -> None:
         ax.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="chance")
-        draw_curves(ax, value, "false positive rate", "true positive rate", "lower right")
+        labels = "false positive rate", "true positive rate"
+        draw_curves(ax, value, labels, "lower right", self.class_names)
 
 
 class PrecisionRecall(Picture, Scores):
@@ -101,21 +102,21 @@ class PrecisionRecall(Picture, Scores):
         return curves
 
     def plot(self, value: Curves, ax: Axes) -> None:
-        draw_curves(ax, value, "recall", "precision", "lower left")
+        draw_curves(ax, value, ("recall", "precision"), "lower left", self.class_names)
 
 
 class BinaryConfusionMatrix(Picture, of.BinaryConfusionMatrix):
     """How many of each true class (rows) are predicted to be of each (columns)."""
 
     def plot(self, value: Tensor, ax: Axes) -> None:  # type: ignore[override]
-        draw_matrix(ax, value)
+        draw_matrix(ax, value, self.class_names)
 
 
 class MulticlassConfusionMatrix(Picture, of.MulticlassConfusionMatrix):
     """How many of each true class (rows) are predicted to be of each (columns)."""
 
     def plot(self, value: Tensor, ax: Axes) -> None:  # type: ignore[override]
-        draw_matrix(ax, value)
+        draw_matrix(ax, value, self.class_names)
 
 
 OF_SCORES: dict[str, Callable[[], Metric]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,35 +21,58 @@ WRITTEN_CLASSES = 20
 """A matrix of more classes has no room for its numbers."""
 POINTS = 2000
 """A curve has no more pixels."""
+LONGEST_NAME = 20
+"""Letters of a class's name that are shown."""
 
 
 class Picture(ABC):
     """Marks a metric whose value is drawn, and is no number.
 
     So is that of any other metric that is not one number and has torchmetrics' ``plot(value, ax)``;
-    marked, ``checkpoint.metric`` cannot name it.
+    marked, ``checkpoint.metric`` cannot name it. An evaluation gives it the ``class_names``
+    that its data set has, if that has any.
     """
+
+    class_names: Sequence[str] = ()
 
     @abstractmethod
     def plot(self, value: Any, ax: Axes) -> None:
         """Draw what ``compute`` gave."""
 
 
-def draw_curves(axes: Axes, curves: Curves, x_label: str, y_label: str, corner: Corner) -> None:
+def name_of(label: int, class_names: Sequence[str]) -> str:
+    """The name of a class, cut if it is long, for matplotlib; its number if there is none."""
+    if label >= len(class_names):
+        return str(label)
+    name = class_names[label]
+    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return short.replace("$", r"\$")  # which would begin a formula
+
+
+def draw_curves(
+    axes: Axes,
+    curves: Curves,
+    labels: tuple[str, str],
+    corner: Corner,
+    class_names: Sequence[str] = (),
+) -> None:
     """Lines over the unit square, with a legend in a ``corner`` if it has room for the classes."""
     is_one = len(curves) == 1
     for number, (x, y) in enumerate(curves):
         some = torch.linspace(0, len(x) - 1, min(len(x), POINTS)).round().long()
         is_defined = not torch.isnan(x + y).any()
-        names = [] if is_one else [f"class {number}"]
+        name = name_of(number, class_names)
+        # Of a bare number nobody knows what it counts, and a legend leaves out what begins with _.
+        is_clear = number < len(class_names) and not name.startswith("_")
+        names = [] if is_one else [name if is_clear else f"class {name}"]
         label = ", ".join(names if is_defined else [*names, "not defined"])
         axes.plot(x[some].tolist(), y[some].tolist(), label=label or None, linewidth=1.5)
     if len(curves) <= NAMED_CLASSES and axes.get_legend_handles_labels()[1]:
         axes.legend(loc=corner, fontsize=8)
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.01)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
     axes.grid(alpha=0.3)
 
 
@@ -69,10 +93,10 @@ def draw_reliability(axes: Axes, bins: Tensor) -> None:
 def draw_coverage(axes: Axes, shares: Tensor) -> None:
     """The share of targets inside each interval against its level (levels, 2)."""
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="as said")
-    draw_curves(axes, [(shares[:, 0], shares[:, 1])], "level", "share inside", "lower right")
+    draw_curves(axes, [(shares[:, 0], shares[:, 1])], ("level", "share inside"), "lower right")
 
 
-def draw_matrix(axes: Axes, counts: Tensor) -> None:
+def draw_matrix(axes: Axes, counts: Tensor, class_names: Sequence[str] = ()) -> None:
     """Counts (true class, predicted class), coloured by their share of the true class."""
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -81,8 +105,11 @@ def draw_matrix(axes: Axes, counts: Tensor) -> None:
         figure.colorbar(image, ax=axes, label="share of the true class")
     classes = range(len(shares))
     if len(classes) <= WRITTEN_CLASSES:
-        axes.set_xticks(classes)
-        axes.set_yticks(classes)
+        names = [name_of(label, class_names) for label in classes]
+        axes.set_xticks(classes, names)
+        axes.set_yticks(classes, names)
+        if max(map(len, names)) > 2:
+            axes.tick_params("x", rotation=45)
         size = 12 if len(classes) <= 5 else 7
         for row, of_row in enumerate(counts.tolist()):
             for column, count in enumerate(of_row):
