@@ -53,11 +53,14 @@ class Hung(Disk):
 
 
 class Away(Disk):
-    """A store that takes its time to say that it is away."""
+    """A store that takes its time to say that it is away, until it is back."""
 
     tries = 0
+    is_back = False
 
     def put(self, folder: str, name: str, source: Path, promised: dict[str, Any]) -> None:
+        if self.is_back:
+            return super().put(folder, name, source, promised)
         self.tries += 1
         time.sleep(1.0)
         raise OSError("away")
@@ -261,6 +264,9 @@ def test_a_store_that_is_slow_to_fail_holds_up_nobody(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the checkpoint of step 20 is not in"):
         kept.writer.settle(seconds=0.0)
     assert kept.memory.store.steps()[-1] == 20
+    away.is_back = True
+    kept.settle()
+    assert kept.store.steps()[-1] == 20
 
 
 def test_a_store_that_hangs_holds_up_nobody_for_good(

@@ -161,6 +161,7 @@ def test_resume_at_step_a_million_reads_no_sample_that_is_skipped(
     before = build_trainer(config, ranks, directory, Phases())
     before.done = 1_000_000
     before.save()
+    before.checkpoints.settle()
     after = build_trainer(config, ranks, directory, Phases())
     fetched: list[int] = []
     dataset = after.fetcher.source.dataset
