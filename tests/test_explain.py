@@ -55,15 +55,18 @@ class Named(TensorDataset):
     feature_names = ("one", "two", "none")
 
 
-def example(*tensors: Tensor, kind: type[TensorDataset] = TensorDataset) -> Example:
+def example(
+    *tensors: Tensor, kind: type[TensorDataset] = TensorDataset, task: Task | None = None
+) -> Example:
     dataset = kind(*tensors)
     size = len(dataset)
-    return Example.of(Source("test", dataset, Plan(size, size, 4, shuffled=False)), CPU, 0)
+    source = Source("test", dataset, Plan(size, size, 4, shuffled=False))
+    return Example.of(task or Task(), source, CPU, 0)
 
 
 def attributed(task: Task, inputs: Tensor, *methods: str, steps: int = 200) -> Attributions:
-    of_one = example(inputs, torch.zeros(len(inputs), dtype=torch.int64))
-    return Attributor(task, of_one, methods, steps).attribute(inputs)
+    batch = (inputs, torch.zeros(len(inputs), dtype=torch.int64))
+    return Attributor(task, example(*batch, task=task), methods, steps).attribute(batch)
 
 
 @settings(max_examples=20)
@@ -426,7 +429,8 @@ def test_features_are_called_what_the_data_set_says() -> None:
     windows = example(torch.randn(4, 2, 2), inputs).feature_names
     assert windows == ["feature 0, 0", "feature 0, 1", "feature 1, 0", "feature 1, 1"]
     part = Subset(Named(inputs, inputs), [0, 1])
-    names = Example.of(Source("test", part, Plan(2, 2, 2, shuffled=False)), CPU, 0).feature_names
+    source = Source("test", part, Plan(2, 2, 2, shuffled=False))
+    names = Example.of(Task(), source, CPU, 0).feature_names
     assert names == ["one", "two", "none"]
     with pytest.raises(Refused, match="it has 3 feature_names, and a sample 4 features"):
         example(torch.randn(4, 4), inputs, kind=Named)

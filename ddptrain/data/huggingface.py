@@ -81,6 +81,11 @@ class HuggingFace(Dataset[Batch]):
             self.tokens = _tokens_for(mine, text, tokenizer, end, vocabulary)
             self.windows = _packed(mine, text, self.tokens, length) if pack else None
 
+    @property
+    def token_names(self) -> list[str] | None:
+        """What tokens are called, if a text is made tokens here; made when they are asked for."""
+        return None if self.text is None else self.tokens.names()
+
     def __len__(self) -> int:
         return len(self.rows) if self.windows is None else len(self.windows)
 

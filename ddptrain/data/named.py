@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+
 
 def names_of(dataset: Any, attribute: str) -> list[str] | None:
     """A list of names that a data set may have, also below a ``Subset`` of torch's."""
@@ -11,3 +13,17 @@ def names_of(dataset: Any, attribute: str) -> list[str] | None:
         dataset = dataset.dataset
     names = getattr(dataset, attribute, None)
     return None if names is None else [str(name) for name in names]
+
+
+def byte_name(byte: int) -> str:
+    """A byte as it is shown: its letter, a sign for white space, or its number."""
+    letter = chr(byte)
+    return shown(letter) if letter.isascii() else f"\\x{byte:02x}"
+
+
+def shown(text: str) -> str:
+    """A text with signs for white space, and numbers for what has no letter."""
+    return "".join(
+        WHITE.get(letter, letter if letter.isprintable() else f"\\x{ord(letter):02x}")
+        for letter in text
+    )

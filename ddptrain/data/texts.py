@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddptrain.data.folders import ClassFolders, files_below
+from ddptrain.data.named import byte_name
 from ddptrain.data.splits import FRACTIONS, check_named, check_split, no_samples, split_indices
 from ddptrain.errors import Refused
 
 SUFFIXES = (".txt",)
-WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
 class Windows(Dataset[Tensor]):
@@ -97,15 +97,6 @@ class TextFiles(Windows):
         super().__init__(text, context, chosen)
 
 
-def _name(byte: int) -> str:
-    """A byte as it is shown: its letter, a sign for white space, or its number."""
-    letter = chr(byte)
-    seen = WHITE.get(letter, letter)
-    return (
-        seen if letter in WHITE or (letter.isascii() and letter.isprintable()) else f"\\x{byte:02x}"
-    )
-
-
 class TextFolder(Dataset[tuple[Tensor, int]]):
     """(bytes, label): the first ``length`` bytes of a file, int64, shape (length,), and its class.
 
@@ -127,7 +118,7 @@ class TextFolder(Dataset[tuple[Tensor, int]]):
             raise Refused(f"length: expected a number of bytes above 0, got {length}")
         found = ClassFolders(folder, split, SUFFIXES, fractions, classes, outputs)
         self.files, self.labels, self.class_names = found.files, found.labels, found.class_names
-        self.token_names = [_name(byte) for byte in range(256)]
+        self.token_names = [byte_name(byte) for byte in range(256)]
         self.length = length
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from ddptrain.data.named import byte_name, shown
 from ddptrain.data.packages import import_package
 from ddptrain.errors import Refused
 from ddptrain.nearest import suggest
@@ -21,6 +22,9 @@ class Tokens(Protocol):
     def encode(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
         """Numbers for each text, at most ``length`` of them; None takes all, and adds none."""
 
+    def names(self) -> list[str]:
+        """What the ``size`` tokens are called, in the order of their numbers."""
+
 
 class Bytes:
     """The bytes of UTF-8, from 2 on; 0 fills up, 1 ends a text. It needs no file."""
@@ -31,6 +35,9 @@ class Bytes:
 
     def encode(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
         return [[byte + 2 for byte in text.encode()[:length]] for text in texts]
+
+    def names(self) -> list[str]:
+        return ["[PAD]", "[END]", *map(byte_name, range(256))]
 
 
 class OfTransformers:
@@ -61,6 +68,10 @@ class OfTransformers:
             verbose=False,
         )
         return cast("list[list[int]]", encoded["input_ids"])
+
+    def names(self) -> list[str]:
+        known = {number: token for token, number in self.tokenizer.get_vocab().items()}
+        return [shown(known.get(number, str(number))) for number in range(self.size)]
 
 
 def tokens_of(tokenizer: object, end: str | None = None) -> Tokens:

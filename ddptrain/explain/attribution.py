@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ddptrain.data.fetch import Source
 from ddptrain.errors import Refused
-from ddptrain.explain.samples import Example, Kind, inputs_of, labels_of
+from ddptrain.explain.samples import Example, Kind, inputs_of, labels_of, with_inputs
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
 from ddptrain.parallel.ranks import Ranks
@@ -82,12 +83,15 @@ class Attributor:
     ) -> None:
         self.task = task.eval().requires_grad_(False)
         self.kind = example.kind
+        self.label = example.source.label
         self.methods = methods
         self.steps = steps
-        self.embedding = _embedding(task, example.inputs) if example.kind == "tokens" else None
+        self.embedding = None
+        if example.kind == "tokens":
+            self.embedding = _embedding(task, example.batch, self._inputs(example.batch))
         with torch.no_grad():
-            self.outputs = self._scores(example.inputs).shape[1]
-        self._refuse_without_gradient(example.inputs)
+            self.outputs = self._scores(example.batch).shape[1]
+        self._refuse_without_gradient(example.batch)
 
     def over(self, source: Source, batches: Iterable[Any], ranks: Ranks) -> Attributions:
         """Attribute all samples of ``source``; ``batches`` are those of this rank.
@@ -98,29 +102,30 @@ class Attributor:
         mine = source.plan.micro_batches(0, ranks.rank, ranks.world_size)
         found = []
         for micro_batch, batch in zip(mine, batches, strict=True):
-            inputs, labels = inputs_of(batch, source.label), labels_of(batch)
+            labels = labels_of(self.task, batch)
             key = derive(source.plan.seed, f"explain/{source.name}", micro_batch.index)
             key_generators(key, ranks.device)
-            attributed = self.attribute(inputs)
+            attributed = self.attribute(batch)
             if labels is not None:
                 attributed.labels = labels.cpu()
             found.append(attributed)
         return Attributions.joined([part for parts in ranks.gather(found) for part in parts])
 
-    def attribute(self, inputs: Tensor) -> Attributions:
-        """Attribute the scores of a micro-batch's ``inputs``, of whose labels it knows nothing."""
+    def attribute(self, batch: Any) -> Attributions:
+        """Attribute the scores of a micro-batch to its inputs; its labels are not looked at."""
+        inputs = self._inputs(batch)
         with torch.no_grad():
-            explained = self._scores(inputs).argmax(1)
+            explained = self._scores(batch).argmax(1)
             end, start = self._embedded(inputs), self._embedded(self._baseline(inputs))
         changes = deltas = torch.zeros(len(inputs), device=inputs.device)
         found = {}
         if INTEGRATED in self.methods:
-            values, deltas = self._integrate(start, end, inputs, explained)
+            values, deltas = self._integrate(start, end, batch, explained)
             changes = values.flatten(1).sum(1) - deltas
             channels = {"images": 1, "tokens": 2}.get(self.kind)
             found[INTEGRATED] = values if channels is None else values.sum(channels)
         if SALIENCY in self.methods:
-            found[SALIENCY] = self._gradient(end, inputs, explained).amax(1)
+            found[SALIENCY] = self._gradient(end, batch, explained).amax(1)
         on_host = {method: values.detach().cpu() for method, values in found.items()}
         none = torch.full_like(explained, -1)
         classes = explained if self.outputs > 1 else none
@@ -128,44 +133,48 @@ class Attributor:
         return Attributions(inputs.cpu(), none.cpu(), classes.cpu(), changes, deltas, on_host)
 
     def _integrate(
-        self, start: Tensor, end: Tensor, inputs: Tensor, explained: Tensor
+        self, start: Tensor, end: Tensor, batch: Any, explained: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Integrated gradients in the shape of ``end``, and their convergence deltas, (B,)."""
         from captum.attr import IntegratedGradients
 
-        values, deltas = IntegratedGradients(self._score).attribute(
+        score = partial(self._score, batch=batch, explained=explained)
+        values, deltas = IntegratedGradients(score).attribute(
             end,
             start,
-            additional_forward_args=(explained, inputs),
             n_steps=self.steps,
-            internal_batch_size=len(end),  # a forward is no larger than in an evaluation
+            # A forward is no larger than in an evaluation, and of the same samples in their order.
+            internal_batch_size=len(end),
             return_convergence_delta=True,
         )
         return values, deltas
 
-    def _gradient(self, end: Tensor, inputs: Tensor, explained: Tensor) -> Tensor:
+    def _gradient(self, end: Tensor, batch: Any, explained: Tensor) -> Tensor:
         from captum.attr import Saliency
 
         leaf = end.detach().clone().requires_grad_()
-        given = (explained, inputs)
-        sizes: Tensor = Saliency(self._score).attribute(leaf, additional_forward_args=given)
+        score = partial(self._score, batch=batch, explained=explained)
+        sizes: Tensor = Saliency(score).attribute(leaf)
         return sizes
 
-    def _score(self, values: Tensor, explained: Tensor, inputs: Tensor) -> Tensor:
-        """The explained output of each sample, (B,), from inputs or their embeddings."""
+    def _score(self, values: Tensor, batch: Any, explained: Tensor) -> Tensor:
+        """The explained output of each sample, (B,), with other inputs, or embeddings of them."""
         if self.embedding is None:
-            scores = self._scores(values)
+            scores = self._scores(with_inputs(self.task, batch, values))
         else:
             with_values = self.embedding.register_forward_hook(lambda *_: values)
             try:
-                scores = self._scores(inputs)
+                scores = self._scores(batch)
             finally:
                 with_values.remove()
         return scores.gather(1, explained[:, None]).squeeze(1)
 
-    def _scores(self, inputs: Tensor) -> Tensor:
+    def _inputs(self, batch: Any) -> Tensor:
+        return inputs_of(self.task, batch, self.label)
+
+    def _scores(self, batch: Any) -> Tensor:
         """What the task explains, (B, outputs). Raises ``Refused`` for another shape."""
-        scores = self.task.explained(inputs)
+        inputs, scores = self._inputs(batch), self.task.explained_of(batch)
         is_score = isinstance(scores, Tensor) and scores.is_floating_point()
         if not is_score or scores.dim() not in (1, 2) or len(scores) != len(inputs):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -190,12 +199,13 @@ class Attributor:
         vectors: Tensor = self.embedding(inputs)
         return vectors
 
-    def _refuse_without_gradient(self, inputs: Tensor) -> None:
+    def _refuse_without_gradient(self, batch: Any) -> None:
+        inputs = self._inputs(batch)
         with torch.no_grad():
             leaf = self._embedded(inputs).clone()
             self._baseline(inputs)
         first = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
-        if not self._score(leaf.requires_grad_(), first, inputs).requires_grad:
+        if not self._score(leaf.requires_grad_(), batch, first).requires_grad:
             raise self._refusal(
                 "has no gradient with respect to its inputs (is it computed under no_grad, or from "
                 "rounded numbers?)"
@@ -205,26 +215,31 @@ class Attributor:
         return Refused(f"task: {type(self.task).__name__}.explained(inputs) {what}")
 
 
-def _embedding(task: Task, tokens: Tensor) -> nn.Embedding:
-    """The layer that looks up the tokens themselves. Raises ``Refused`` if it is not one alone."""
-    found = set()
+def _embedding(task: Task, batch: Any, tokens: Tensor) -> nn.Embedding:
+    """The layer that looks up the tokens themselves. Raises ``Refused`` if it is not one alone.
+
+    Positions and types of tokens, which other layers look up, may happen to be the same numbers;
+    but they do not lie in the same memory.
+    """
+    found: dict[nn.Module, bool] = {}
 
     def note(layer: nn.Module, given: tuple[Any, ...], _: Any) -> None:
         if isinstance(given[0], Tensor) and torch.equal(given[0], tokens):
-            found.add(layer)
+            found[layer] = given[0].data_ptr() == tokens.data_ptr()
 
     layers = [module for module in task.modules() if isinstance(module, nn.Embedding)]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
         with torch.no_grad():
-            task.explained(tokens)
+            task.explained_of(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    if len(found) != 1:
+    themselves = [layer for layer, is_same in found.items() if is_same] or list(found)
+    if len(themselves) != 1:
         raise Refused(
             f"task: tokens are explained by the one torch.nn.Embedding that looks them up, and "
-            f"{type(task).__name__} has {len(found) or 'none'} that do"
+            f"{type(task).__name__} has {len(themselves) or 'none'} that do"
         )
-    (layer,) = found
+    (layer,) = themselves
     return layer  # type: ignore[return-value]

@@ -47,14 +47,14 @@ def explain(
     place = Place.from_environment()
     ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
     task, step = load(run, config, which, ranks, last)
-    example = Example.of(build_source(config, split), ranks.device, config.data.workers)
+    example = Example.of(task, build_source(config, split), ranks.device, config.data.workers)
     methods = _check(methods, example)
     source = draw(example.source, samples, example.kind)
     attributor = Attributor(task, example, methods, steps)
     fetcher = Fetcher(source, ranks.device, config.data.workers)
     mine = source.plan.micro_batches(0, ranks.rank, ranks.world_size)
     batches = list(fetcher.fetch(mine))
-    shapes = ranks.gather([inputs_of(batch, source.label).shape[1:] for batch in batches])
+    shapes = ranks.gather([inputs_of(task, batch, source.label).shape[1:] for batch in batches])
     check_shapes([shape for of_rank in shapes for shape in of_rank], source.label)
     importance = None
     if PERMUTATION in methods:

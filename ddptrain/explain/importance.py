@@ -14,6 +14,7 @@ from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
 from ddptrain.explain.samples import inputs_of, with_inputs
 from ddptrain.keys import derive
+from ddptrain.tasks.task import Task
 
 REPEATS = 5
 
@@ -70,7 +71,8 @@ def measure(evaluation: Evaluation, batches: list[Any], metric: Metric) -> Impor
         evaluation.ranks,
         evaluation.fetcher.source.plan.seed,
     )
-    own = [inputs_of(batch, label) for batch in batches]
+    task = evaluation.task
+    own = [inputs_of(task, batch, label) for batch in batches]
     of_ranks = ranks.gather([inputs.flatten(1).cpu() for inputs in own])
     whole = torch.cat([inputs for inputs_of_rank in of_ranks for inputs in inputs_of_rank])
     first = sum(len(inputs) for before in of_ranks[: ranks.rank] for inputs in before)
@@ -87,7 +89,7 @@ def measure(evaluation: Evaluation, batches: list[Any], metric: Metric) -> Impor
         for repetition in range(REPEATS):
             key = derive(seed, "explain/permutation", feature, repetition)
             column = permuted(whole[:, feature], key)[first:]
-            mixed = _with_column(batches, own, feature, column)
+            mixed = _with_column(task, batches, own, feature, column)
             worse[-1].append(sign * (value - evaluate(mixed)))
     return Importance(metric, value, worse)
 
@@ -98,12 +100,14 @@ def permuted(column: Tensor, key: int) -> Tensor:
     return column[torch.randperm(len(column), generator=generator)]
 
 
-def _with_column(batches: list[Any], own: list[Tensor], feature: int, column: Tensor) -> list[Any]:
+def _with_column(
+    task: Task, batches: list[Any], own: list[Tensor], feature: int, column: Tensor
+) -> list[Any]:
     """The batches with other numbers in a feature, the first ones of ``column``."""
     mixed = []
     for batch, inputs in zip(batches, own, strict=True):
         values, column = column[: len(inputs)], column[len(inputs) :]
         flat = inputs.flatten(1).clone()
         flat[:, feature] = values.to(flat.device)
-        mixed.append(with_inputs(batch, flat.view_as(inputs)))
+        mixed.append(with_inputs(task, batch, flat.view_as(inputs)))
     return mixed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +19,15 @@ from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.data.shuffle import Permutation
 from ddptrain.errors import Refused
 from ddptrain.keys import derive
+from ddptrain.tasks.task import Place, Task
 
 Kind = Literal["features", "images", "tokens"]
 DEFAULT = 200
 """So many images or texts, if nobody says: they are looked at, each for ``--steps`` forwards."""
 SUPPORTED = (
-    "supported are batches (inputs, targets) whose inputs are numbers in floating point, (B, …), "
-    "images, (B, channels, height, width), or tokens, int64, (B, length)"
+    "supported are batches (inputs, targets), or of which the task says in explained_at(batch) "
+    "where these are, with inputs that are numbers in floating point, (B, …), images, "
+    "(B, channels, height, width), or tokens, int64, (B, length)"
 )
 
 
@@ -65,30 +69,36 @@ class Example:
     """
 
     source: Source
-    inputs: Tensor
+    batch: Any
     kind: Kind
     feature_names: list[str]
     has_classes: bool
 
     @classmethod
-    def of(cls, source: Source, device: torch.device, workers: int) -> Example:
+    def of(cls, task: Task, source: Source, device: torch.device, workers: int) -> Example:
         """Fetch it, by the same road as batches.
 
         Raises ``Refused`` if it is of no known kind, or has other features than there are names.
         """
         (batch,) = Fetcher(source, device, workers).fetch([MicroBatch(0, 0, 0, 0, 1)])
-        inputs = inputs_of(batch, source.label)
+        inputs = inputs_of(task, batch, source.label)
         kind = _kind_of(inputs, source.label)
         names = _feature_names(source, inputs.shape[1:]) if kind == "features" else []
-        return cls(source, inputs, kind, names, labels_of(batch) is not None)
+        return cls(source, batch, kind, names, labels_of(task, batch) is not None)
 
     def class_name(self, label: int) -> str:
-        return (
-            _name_of(label, names_of(self.source.dataset, "class_names")) if label >= 0 else "all"
-        )
+        return _name_of(label, self._class_names) if label >= 0 else "all"
 
     def token_name(self, token: int) -> str:
-        return _name_of(token, names_of(self.source.dataset, "token_names"))
+        return _name_of(token, self._token_names)
+
+    @cached_property
+    def _class_names(self) -> list[str] | None:
+        return names_of(self.source.dataset, "class_names")
+
+    @cached_property
+    def _token_names(self) -> list[str] | None:
+        return names_of(self.source.dataset, "token_names")  # of a vocabulary, many thousands
 
 
 def _feature_names(source: Source, shape: torch.Size) -> list[str]:
@@ -107,10 +117,11 @@ def _name_of(number: int, names: Sequence[str] | None) -> str:
     return names[number] if names and 0 <= number < len(names) else str(number)
 
 
-def inputs_of(batch: Any, label: str) -> Tensor:
-    """The inputs of a batch (inputs, targets). Raises ``Refused`` if it is none."""
-    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[0], Tensor):
-        return batch[0]
+def inputs_of(task: Task, batch: Any, label: str) -> Tensor:
+    """The inputs that are explained of a batch. Raises ``Refused`` if it has none."""
+    inputs = _part(batch, task.explained_at(batch)[0])
+    if isinstance(inputs, Tensor):
+        return inputs
     raise Refused(f"{label}: its batch is {_told(batch)}; {SUPPORTED}")
 
 
@@ -124,18 +135,31 @@ def check_shapes(shapes: Sequence[torch.Size], label: str) -> None:
             )
 
 
-def with_inputs(batch: Any, inputs: Tensor) -> Any:
-    """The same batch with other inputs."""
-    parts = [inputs, *batch[1:]]
+def with_inputs(task: Task, batch: Any, inputs: Tensor) -> Any:
+    """The same batch with other inputs, and all the rest of it."""
+    place, _ = task.explained_at(batch)
+    parts: Any = list(batch) if isinstance(batch, tuple) else copy(batch)
+    parts[place] = inputs
+    if not isinstance(batch, tuple):
+        return parts
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
-def labels_of(batch: Any) -> Tensor | None:
+def labels_of(task: Task, batch: Any) -> Tensor | None:
     """The classes of a batch's samples, int64, shape (B,); None if its targets are none."""
-    targets = batch[1]
-    if not isinstance(targets, Tensor) or targets.shape != batch[0].shape[:1]:
+    inputs, place = task.explained_at(batch)
+    targets = None if place is None else _part(batch, place)
+    if not isinstance(targets, Tensor) or targets.shape != batch[inputs].shape[:1]:
         return None
     return None if targets.is_floating_point() else targets.long()
+
+
+def _part(batch: Any, place: Place) -> Any:
+    """What a batch has there; None if it has nothing."""
+    if isinstance(batch, Mapping):
+        return batch.get(place)
+    is_there = isinstance(batch, tuple | list) and isinstance(place, int) and place < len(batch)
+    return batch[place] if is_there else None
 
 
 def _kind_of(inputs: Tensor, label: str) -> Kind:
@@ -153,4 +177,6 @@ def _told(batch: Any) -> str:
         return f"a tensor of {str(batch.dtype).removeprefix('torch.')}, {tuple(batch.shape)}"
     if isinstance(batch, tuple | list):
         return f"({', '.join(map(_told, batch))})"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
     return f"a {type(batch).__name__}"

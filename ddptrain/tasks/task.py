@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = Any
 """What the data set's samples collate to: a tensor, or tuples, lists and dicts of tensors."""
+Place: TypeAlias = int | str
+"""Where a part of a batch is: its number in a tuple, or its key in a mapping."""
 
 
 @dataclass(slots=True)
@@ -73,12 +75,28 @@ class Task(nn.Module):
         """Add a micro-batch's loss to ``metrics["loss"]``, weighted by its count."""
         metrics["loss"].update(loss.sum, loss.count)
 
+    def explained_at(self, batch: Batch) -> tuple[Place, Place | None]:
+        """Return where ``batch`` has the inputs that `ddptrain explain` explains, and the targets.
+
+        Places in a tuple or a list, or keys of a mapping; None for targets that are no classes. By
+        default 0 and 1. Raises ``Refused`` for a task whose inputs cannot be explained.
+        """
+        return 0, 1
+
+    def explained_of(self, batch: Batch) -> Tensor:
+        """Return the scores of ``batch`` that are traced to its inputs, as ``explained`` does.
+
+        `ddptrain explain` puts other inputs in, and leaves the rest of the batch as it is. By
+        default the rest does not count: they are ``explained(inputs)``.
+        """
+        inputs, _ = self.explained_at(batch)
+        return self.explained(batch[inputs])
+
     def explained(self, inputs: Tensor) -> Tensor:
         """Return scores, (B,) or (B, classes), which `ddptrain explain` traces to ``inputs``.
 
-        ``inputs`` are the first part of a batch, and a sample's scores depend on that sample alone.
-        Of several scores the largest is explained. By default they are what ``model`` gives. Raises
-        ``Refused`` if there is none.
+        A sample's scores depend on that sample alone. Of several scores the largest is explained.
+        By default they are what ``model`` gives. Raises ``Refused`` if there is none.
         """
         model = getattr(self, "model", None)
         if not isinstance(model, nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.tasks import classification
 from ddptrain.tasks.metrics import choose, make
-from ddptrain.tasks.task import Loss, Task
+from ddptrain.tasks.task import Loss, Place, Task
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -122,12 +122,7 @@ class Transformers(Task):
         """Logits and labels that belong together, (N, classes) and (N,), or (B,) and (B,)."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch["labels"] if "labels" in batch else self._of_inputs(inputs)
-        logits = getattr(self.model(**inputs), "logits", None)
-        if not isinstance(logits, Tensor):
-            raise TrainingError(
-                f"task: {type(self.model).__name__} gives no logits; take a class with a head, "
-                "such as transformers.BertForSequenceClassification"
-            )
+        logits = self._logits(inputs)
         if self.predicts == "number":
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).squeeze(-1)
         elif self.predicts == "next_token":
@@ -140,6 +135,15 @@ class Transformers(Task):
                 f"task.predicts={self.predicts}; choose another, or give other labels"
             )
         return logits, labels
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        logits = getattr(self.model(**inputs), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise TrainingError(
+                f"task: {type(self.model).__name__} gives no logits; take a class with a head, "
+                "such as transformers.BertForSequenceClassification"
+            )
+        return logits
 
     def _of_inputs(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Of a language model the text itself, but for what fills it up."""
@@ -201,6 +205,45 @@ class Transformers(Task):
             return logits.double(), labels.double()
         counts = labels != IGNORED
         return logits[counts], labels[counts]
+
+    def explained_at(self, batch: Mapping[str, Tensor]) -> tuple[Place, Place | None]:
+        """Return the model's main input, such as ``input_ids`` or ``pixel_values``, and labels.
+
+        Of a model that names none it is what the batch has alone beside them. Raises ``Refused``
+        where there is a score for each token, or where a decoder reads the tokens as well.
+        """
+        if self.predicts not in ("class", "number"):
+            raise Refused(
+                f"task: with predicts={self.predicts} there are scores of each token; explained is "
+                "a class or a number that is predicted of a whole sample"
+            )
+        name = type(self.model).__name__
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise Refused(
+                f"task: of {name} both the encoder and the decoder read the tokens; explained are "
+                "models that look them up once"
+            )
+        main = getattr(self.model, "main_input_name", None)
+        inputs = [key for key in batch if key != "labels"]
+        if main not in inputs:
+            main = inputs[0] if len(inputs) == 1 else None
+        if main is None:
+            raise Refused(
+                f"task: which of {', '.join(inputs)} is to be explained, {name} does not tell; "
+                "name that one in its main_input_name"
+            )
+        return main, "labels" if self.predicts == "class" else None
+
+    def explained_of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, (B, classes) or (B, 1)."""
+        return self._logits({name: tensor for name, tensor in batch.items() if name != "labels"})
+
+    def baseline(self, inputs: Tensor) -> Tensor:
+        """Return the token that fills up, if the model's config names one; zeros otherwise."""
+        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        if inputs.is_floating_point() or padding is None or padding < 0:
+            return super().baseline(inputs)
+        return torch.full_like(inputs, padding)
 
 
 def _predicted_by(model: nn.Module, classes: int) -> str:
