@@ -6,7 +6,7 @@ import csv
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from ddptrain.evaluate import Evaluation
 from ddptrain.explain import tokens
 from ddptrain.explain.attribution import INTEGRATED, SALIENCY, Attributions, Attributor
 from ddptrain.explain.importance import REPEATS, Importance, Metric, measure, permuted
-from ddptrain.explain.samples import Drawn, Example
+from ddptrain.explain.samples import Drawn, Example, inputs_of, labels_of, with_inputs
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.models import TextClassifier
 from ddptrain.observe.phases import Phases
@@ -421,6 +421,39 @@ def test_a_task_of_a_users_says_what_is_explained() -> None:
 def test_what_cannot_be_traced_back_is_refused(task: Task, inputs: Tensor, said: str) -> None:
     with pytest.raises(Refused, match=said):
         attributed(task, inputs, INTEGRATED)
+
+
+class Keyed(Own):
+    """Whose batches are mappings."""
+
+    def explained_at(self, batch: dict[str, Tensor]) -> tuple[str, str]:
+        return "x", "y"
+
+
+class Pair(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+
+
+def test_a_batch_of_any_kind_has_its_inputs_where_the_task_says() -> None:
+    inputs, targets, others = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), torch.ones(4, 3)
+    batches: list[tuple[Task, Any]] = [
+        (Own(), (inputs, targets, "more")),
+        (Own(), [inputs, targets]),
+        (Own(), Pair(inputs, targets)),
+        (Keyed(), {"x": inputs, "y": targets, "z": "more"}),
+    ]
+    for task, batch in batches:
+        assert inputs_of(task, batch, "test") is inputs
+        assert torch.equal(labels_of(task, batch), targets)
+        assert torch.equal(task.explained_of(batch), task.explained(inputs))
+        mixed = with_inputs(task, batch, others)
+        assert type(mixed) is type(batch)
+        assert inputs_of(task, mixed, "test") is others
+        assert inputs_of(task, batch, "test") is inputs
+        assert with_inputs(task, mixed, inputs) == batch
+    with pytest.raises(Refused, match="test: its batch is a dict of user, known; supported are"):
+        inputs_of(Own(), {"user": targets, "known": inputs}, "test")
 
 
 def test_features_are_called_what_the_data_set_says() -> None:

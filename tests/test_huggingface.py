@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import re
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pyarrow.parquet
@@ -24,16 +26,22 @@ from torch.utils._pytree import tree_leaves
 
 from ddptrain import signatures
 from ddptrain.build import build_source, build_task, build_trainer
+from ddptrain.cli import main
 from ddptrain.compose import compose
 from ddptrain.data import HuggingFace, packages
-from ddptrain.data.fetch import Fetcher
+from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.packages import import_package
+from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused, TrainingError
+from ddptrain.evaluate import Evaluation
+from ddptrain.explain.attribution import INTEGRATED, METHODS, Attributions, Attributor
+from ddptrain.explain.importance import REPEATS, Metric, measure
+from ddptrain.explain.samples import Example
 from ddptrain.launch.worker import TIMEOUT
 from ddptrain.observe.phases import Phases
 from ddptrain.parallel.ranks import Ranks
 from ddptrain.place import Place
-from ddptrain.run_directory import RunDirectory
+from ddptrain.run_directory import RunDirectory, open_directory
 from ddptrain.tasks import Transformers
 from ddptrain.tasks.transformer_configs import check_entries
 from ddptrain.tasks.transformer_models import KNOWN, USUAL, Name
@@ -272,6 +280,210 @@ def test_logits_are_copied_for_a_metric_that_reads_them_alone() -> None:
             task.update(made, {"input_ids": labels.clamp(0), "labels": labels})
         assert ((3, 20) in copies.shapes) is copied
     assert made["seen"].compute() == made["accuracy"].compute()
+
+
+# What is explained.
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Named tensors, each of a row for a sample."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return {name: tensor[torch.as_tensor(indices)] for name, tensor in self.tensors.items()}
+
+
+def of_rows(**tensors: torch.Tensor) -> Source:
+    rows = Rows(**tensors)
+    return Source("test", rows, Plan(len(rows), len(rows), 4, shuffled=False))
+
+
+def explained(
+    model: torch.nn.Module, predicts: Any = None, **batch: torch.Tensor
+) -> tuple[Attributor, Attributions]:
+    task = Transformers(model, predicts)
+    example = Example.of(task, of_rows(**batch), CPU, 0)
+    attributor = Attributor(task, example, METHODS[example.kind], steps=50)
+    return attributor, attributor.attribute(batch)
+
+
+def test_a_classifier_goes_by_the_word_that_decides(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the same files on one rank and on two."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "film", "plot", "end", "poor", "fine"]
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save("words.json")
+    given = ["experiment=reviews", "data.train.tokenizer=words.json", "data.train.length=8"]
+    given += ["model.config.vocab_size=6", "model.config.num_hidden_layers=1", "optim.lr=0.003"]
+    given += ["log.tensorboard=false", f"run.dir={tmp_path / 'run'}", "eval.micro_batch_size=8"]
+    config = compose(given)
+    directory = open_directory(config, given)
+    ranks = Ranks(Place(), CPU, TIMEOUT)
+    trainer = build_trainer(config, ranks, directory, Phases())
+    batches = trainer.fetcher.steps(0, trainer.total_steps, 0, 1)
+    for step in range(trainer.total_steps):
+        trainer.step(step, batches)
+    trainer.checkpoints.save(trainer.state(trainer.total_steps), durable=True)
+    trainer.checkpoints.settle()
+    ranks.leave()
+    assert main(["explain", str(directory.path)]) == 0
+    told = capsys.readouterr().out
+    assert "the class it predicts, of 30 samples of test" in told
+    command = [*TORCHRUN, "2", "-m", "ddptrain", "explain", str(directory.path)]
+    finished = run([*command, "--output", str(tmp_path / "two")], folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for name in ("test.csv", "test.json", "test-samples.png"):
+        alone = (directory.explained / name).read_bytes()
+        assert alone == (tmp_path / "two" / name).read_bytes(), name
+    with (directory.explained / "test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["token"] for row in rows} == set(words)
+    assert rows[0]["token"] in ("poor", "fine")  # the other class may be that of the baseline
+    assert float(rows[0]["share"]) > 2 * float(rows[1]["share"])
+    assert float(rows[0]["mean attribution"]) > 0
+    assert (rows[-1]["token"], float(rows[-1]["share"])) == ("[PAD]", 0)
+    facts = json.loads((directory.explained / "test.json").read_text())
+    assert facts["largest_convergence_delta"] < 0.01 * facts["mean_absolute_change"]
+
+
+def tiny_gpt2() -> torch.nn.Module:
+    import transformers
+
+    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    model: torch.nn.Module = transformers.GPT2ForSequenceClassification(config)
+    return model
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("first", [torch.zeros(6).long(), torch.arange(6)], ids=["types", "places"])
+def test_tokens_are_told_from_their_positions_and_types(name: str, first: torch.Tensor) -> None:
+    """Where these are the same numbers; what fills up has no part in it."""
+    torch.manual_seed(0)
+    model = tiny("BertForSequenceClassification") if name == "bert" else tiny_gpt2()
+    tokens = torch.cat([first[None], torch.randint(1, 20, (3, 6))])
+    tokens[1, 4:] = 0
+    mask = (tokens != 0).long()
+    mask[0] = 1
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1, 0, 1])}
+    attributor, found = explained(model, **batch)
+    assert attributor.embedding is model.get_input_embeddings()
+    values = found.by_method[INTEGRATED]
+    assert not values[tokens == 0].any()
+    assert values[tokens != 0].all()
+    assert found.deltas.abs().max() < 0.01 * found.changes.abs().max()
+    model.eval()
+    of_batch, empty = (
+        model(input_ids=t, attention_mask=mask).logits for t in (tokens, torch.zeros_like(tokens))
+    )
+    assert torch.equal(found.explained, of_batch.argmax(1))
+    if name == "bert":  # GPT2 looks in the tokens for where a text ends
+        whole = (of_batch - empty).gather(1, found.explained[:, None]).squeeze(1).detach()
+        torch.testing.assert_close(values.sum(1), whole, atol=1e-5, rtol=0)
+
+
+def test_the_baseline_of_tokens_is_what_the_model_fills_up_with() -> None:
+    torch.manual_seed(0)
+    model = tiny("BertForSequenceClassification", num_labels=1, pad_token_id=3)
+    tokens = torch.tensor([[5, 3, 0, 7], [3, 3, 9, 1]])
+    _, found = explained(model, input_ids=tokens, labels=torch.tensor([1.0, 2.0]))
+    assert torch.equal(found.by_method[INTEGRATED] != 0, tokens != 3)
+    assert found.explained.tolist() == [-1, -1]
+
+
+def test_images_of_a_column_are_explained() -> None:
+    import datasets
+    import transformers
+
+    torch.manual_seed(0)
+    pixels = torch.rand(6, 1, 4, 4)
+    rows = {"pixel_values": pixels.tolist(), "kind": [0, 1] * 3}
+    datasets.Dataset.from_dict(rows).to_parquet("p.parquet")
+    data = load(path="p.parquet", columns=["pixel_values"], label="kind", fractions=[1, 0, 0])
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.ViTConfig(
+        **sizes, intermediate_size=8, image_size=4, patch_size=2, num_channels=1
+    )
+    batch = data.__getitems__(range(6))
+    attributor, found = explained(transformers.ViTForImageClassification(config), **batch)
+    assert (attributor.kind, attributor.outputs) == ("images", 2)
+    assert {values.shape for values in found.by_method.values()} == {(6, 4, 4)}
+    assert found.deltas.abs().max() < 0.01 * found.changes.abs().max()
+
+
+class Weighed(torch.nn.Module):
+    """A model of numbers, which gives what one of transformers does."""
+
+    main_input_name = "x"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.0]))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=(x @ self.weights * scale)[:, None])
+
+
+def test_numbers_are_explained_with_the_rest_of_each_sample_as_it_is() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(9, 3), "scale": torch.rand(9) + 1}
+    model = Weighed()
+    batch["labels"] = model(**batch).logits.detach().squeeze(1)
+    _, found = explained(model, "number", **batch)
+    expected = model.weights * batch["x"] * batch["scale"][:, None]
+    torch.testing.assert_close(found.by_method[INTEGRATED], expected.detach(), atol=1e-5, rtol=0)
+    source = of_rows(**batch)
+    fetcher, ranks = Fetcher(source, CPU), Ranks(Place(), CPU, TIMEOUT)
+    evaluation = Evaluation(Transformers(model, "number"), fetcher, ranks, contextlib.nullcontext)
+    batches = list(fetcher.fetch(source.plan.micro_batches(0)))
+    importance = measure(evaluation, batches, Metric("loss", is_larger_better=False))
+    assert importance.value == 0
+    assert importance.worse[2] == [0] * REPEATS
+    assert 0 < importance.means[0] < importance.means[1]
+    with pytest.raises(Refused, match="which of x, y is to be explained, Linear does not tell"):
+        explained(torch.nn.Linear(1, 1), "number", x=batch["x"], y=batch["x"])
+
+
+def test_what_is_predicted_of_each_token_is_not_explained() -> None:
+    import transformers
+
+    tokens = torch.ones(2, 4).long()
+    for head in ("LMHeadModel", "ForMaskedLM"):
+        with pytest.raises(
+            Refused, match="there are scores of each token; explained is"
+        ) as refused:
+            explained(tiny(f"Bert{head}", is_decoder=head != "ForMaskedLM"), input_ids=tokens)
+        assert "\n" not in str(refused.value)
+    sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+    with pytest.raises(Refused, match="both the encoder and the decoder read the tokens"):
+        explained(
+            transformers.T5ForSequenceClassification(transformers.T5Config(**sizes)),
+            input_ids=tokens,
+        )
+
+
+def test_tokens_have_names() -> None:
+    names = load(text="review", label="opinion", length=8).token_names
+    assert names is not None
+    assert [names[n] for n in (0, 1, ord("a") + 2, ord(" ") + 2, 2, 255)] == [
+        *("[PAD]", "[END]", "a", "␣", "\\x00", "\\xfd"),
+    ]  # fmt: skip
+    assert len(names) == 258
+    import transformers
+
+    names = load(text="review", length=8, tokenizer=transformers.ByT5Tokenizer()).token_names
+    assert names is not None
+    assert [names[n] for n in (0, 1, ord("a") + 3, ord(" ") + 3)] == ["<pad>", "</s>", "a", "␣"]
+    assert load(text=None, columns=["stars"]).token_names is None
 
 
 # What comes out of files.
