@@ -225,6 +225,7 @@ def test_a_nan_is_no_overflow_of_fp16(tmp_path: Path) -> None:
     assert "the loss is nan on rank 0, samples 17" in done.stdout
 
 
+@pytest.mark.long
 def test_an_overflow_of_fp16_is_no_fault(tmp_path: Path) -> None:
     loud = ["task.scale=1e4", "train.precision=fp16", "train.max_steps=12", "data.shuffle=false"]
     train(tmp_path / "run", 1, *RUN, *loud)

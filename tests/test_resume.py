@@ -199,6 +199,7 @@ def test_a_directory_that_another_run_is_writing_to_is_refused(tmp_path: Path) -
         first.communicate()
 
 
+@pytest.mark.long
 def test_checkpoints_may_lie_in_the_run_directory_itself(tmp_path: Path) -> None:
     """Both know by a file of their own who may write."""
     few = ["train.max_steps=6", "log.tensorboard=false", f"checkpoint.dir={tmp_path / 'run'}"]
