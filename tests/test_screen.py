@@ -8,6 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from launching import DDPTRAIN, PROJECT, environment, run
 
 RUN = [*DDPTRAIN, "experiment=ragged", "log.every_steps=50", "log.tensorboard=false"]
@@ -43,6 +44,7 @@ def test_terminal_gets_a_live_bar(tmp_path: Path) -> None:
     assert plain.count("completed after 200 steps") == 1
 
 
+@pytest.mark.long
 def test_the_cursor_is_back_after_a_rank_with_a_bar_was_killed(tmp_path: Path) -> None:
     command = [*DDPTRAIN, "train", *RUN[len(DDPTRAIN) :], f"run.dir={tmp_path}"]
     ranks = ["launch.nproc_per_node=2", "launch.max_restarts=0"]
@@ -51,6 +53,7 @@ def test_the_cursor_is_back_after_a_rank_with_a_bar_was_killed(tmp_path: Path) -
     assert -1 < seen.rfind(b"\x1b[?25l") < seen.rfind(b"\x1b[?25h")
 
 
+@pytest.mark.long
 def test_a_run_whose_output_is_closed_goes_on(tmp_path: Path) -> None:
     few = ["experiment=ragged", "train.max_steps=8", "log.tensorboard=false"]
     command = [*DDPTRAIN, "train", *few, f"run.dir={tmp_path}"]

@@ -373,6 +373,7 @@ def test_jobs_that_start_at_once_do_not_collide(project: Path) -> None:
     assert len({read_result(each)["weights_sha256"] for each in runs}) == 1
 
 
+@pytest.mark.long
 def test_a_pruner_that_raises_leaves_no_trial_behind(project: Path) -> None:
     (project / "broken.py").write_text(
         "from optuna.pruners import BasePruner\n\n\n"
