@@ -13,11 +13,11 @@ train: .venv/.installed
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# All that is promised, once.
+# Most of what is promised, once.
 test: check
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
-# The same through more launchers, signals and losses, half a minute to minutes each.
+# The rest, and the same through more launchers, signals and losses: up to minutes each.
 stories: check
 	$(PYTEST) -m long $(ARGS)
 

@@ -112,11 +112,13 @@ class Evaluation:
         pulse.enter(pulse.COMPUTING)
         values: dict[str, float] = {}
         self.pictures = {}
+        class_names = names_of(self.fetcher.source.dataset, "class_names")
         for name, metric in metrics.items():
             if isinstance(metric, Picture):
                 if not self.ranks.is_first:
                     continue
-                metric.class_names = names_of(self.fetcher.source.dataset, "class_names") or ()
+                if not metric.class_names and class_names:
+                    metric.class_names = class_names
             _merge(metric, [states[name] for states in of_ranks])
             value = self._value(name, metric)
             if isinstance(value, Tensor) and value.numel() == 1:

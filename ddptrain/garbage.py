@@ -1,7 +1,6 @@
-"""When cyclic garbage is looked for: hardly at all during a start, and never in what that leaves.
+"""Cyclic garbage is hardly looked for while a start imports: of what it imports all stays.
 
-A start imports a million objects or more, of which none is garbage, and Python would look at all of
-them again and again: a sixth of the time that imports take.
+That is a million objects or more, all of which Python would look at again and again.
 """
 
 import gc
@@ -16,7 +15,6 @@ def defer() -> None:
 
 
 def resume() -> None:
-    """Look for it as often as ever, if that was deferred, but not in what there is by now."""
+    """Look for it as often as ever, if that was deferred; when data begins to be loaded."""
     if gc.get_threshold() == STARTING:
-        gc.freeze()
         gc.set_threshold(*STEADY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddptrain import garbage, pulse
+from ddptrain import pulse
 from ddptrain.errors import DivergenceError, NonFiniteError, Refused, Stopped
 from ddptrain.nearest import suggest
 from ddptrain.optim.guard import Verdict
@@ -131,7 +131,6 @@ class Trainer(Run):
         """Begin, once the first step is out, what is needed later."""
         self.is_warm = True
         with self.clock.paused():
-            garbage.resume()
             fetchers = [self.fetcher, *(e.fetcher for e in self.evaluations.values())]
             data = {fetcher.source.name: fetcher.digest() for fetcher in fetchers}
             self.ranks.agree(data, "reads other data than", "give all nodes the same files")

@@ -25,7 +25,7 @@ from ddptrain.data.fetch import Fetcher, Source
 from ddptrain.data.plan import Plan
 from ddptrain.errors import Refused
 from ddptrain.evaluate import Evaluation
-from ddptrain.explain import tokens
+from ddptrain.explain import command, tokens
 from ddptrain.explain.attribution import INTEGRATED, SALIENCY, Attributions, Attributor
 from ddptrain.explain.importance import REPEATS, Importance, Metric, measure, permuted
 from ddptrain.explain.samples import Drawn, Example, inputs_of, labels_of, with_inputs
@@ -344,6 +344,21 @@ def test_what_a_run_does_not_have_is_refused(
     assert capsys.readouterr().err.startswith(f"ddptrain: {said}")
 
 
+def test_of_many_features_importance_is_measured_only_if_it_is_asked_for(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "MANY_FEATURES", 29)  # there are 30
+    few = ["--samples=4", "--steps=2"]
+    told = {}
+    for name, asked in (("default", []), ("permutation", ["--method", "permutation"])):
+        output = str(trained.parent / name)
+        assert main(["explain", str(trained), *few, *asked, "--output", output]) == 0
+        told[name] = capsys.readouterr().out
+    assert "permutation  not measured: 30 features, each in 5 orders, are" in told["default"]
+    assert "integrated   a score's change" in told["default"]
+    assert "permutation  auroc is" in told["permutation"]
+
+
 def test_other_splits_methods_and_inputs_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,13 +423,91 @@ def test_a_task_of_a_users_says_what_is_explained() -> None:
     assert found.explained.tolist() == [-1] * 4
 
 
+class Asked(Task):
+    """Scores a question and its answer, whose tokens one table has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.weights = nn.Parameter(torch.randn(2, 4))
+
+    def explained_at(self, batch: dict[str, Tensor]) -> tuple[str, None]:
+        return "question", None
+
+    def explained_of(self, batch: dict[str, Tensor]) -> Tensor:
+        of_answer = self.table(batch["answer"]).sum(1) @ self.weights[1]
+        return self.table(batch["question"]).sum(1) @ self.weights[0] + 5 * of_answer
+
+
+def of_tokens(batch: dict[str, Tensor]) -> Example:
+    source = Source("test", [batch], Plan(1, 1, 1, shuffled=False))
+    return Example(source, batch, "tokens", [], has_classes=False)
+
+
+@pytest.mark.parametrize("answer", [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])])
+def test_other_tokens_of_the_same_table_are_left_as_they_are(answer: Tensor) -> None:
+    """Also where the first sample's are the same."""
+    torch.manual_seed(0)
+    task = Asked()
+    batch = {"question": torch.tensor([[1, 2, 3]]), "answer": answer}
+    made = Attributor(task, of_tokens(batch), [INTEGRATED], 20)
+    more = {"question": torch.tensor([[7, 0, 8], [1, 1, 2]]), "answer": answer.expand(2, -1)}
+    found = made.attribute(more)
+    vectors = task.table(more["question"]) - task.table(torch.zeros(1).long())
+    expected = (vectors @ task.weights[0]).detach()
+    torch.testing.assert_close(found.by_method[INTEGRATED], expected, atol=1e-5, rtol=0)
+
+
+class Misled(Asked):
+    """Says of its batches what they are not."""
+
+    def __init__(self, told: Any) -> None:
+        super().__init__()
+        self.told = told
+
+    def explained_at(self, batch: dict[str, Tensor]) -> Any:
+        return self.told
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("question", r"gives 'question'; expected are two places, or keys"),
+        (("qestion", None), r"names 'qestion', which the batch of .* a dict of question, answer"),
+        (("question", "label"), "names 'label', which the batch of"),
+    ],
+)
+def test_a_task_that_names_what_is_not_there_is_refused(told: Any, said: str) -> None:
+    dataset = [{"question": torch.tensor([1, 2]), "answer": torch.tensor([3])}]
+    source = Source("test", dataset, Plan(1, 1, 1, shuffled=False))
+    with pytest.raises(Refused, match=r"task: Misled\.explained_at\(batch\) " + said):
+        Example.of(Misled(told), source, CPU, 0)
+
+
+def test_an_own_method_is_told_by_its_name() -> None:
+    class Odd(Asked):
+        def explained_of(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.table(batch["question"])
+
+    batch = {"question": torch.tensor([[1, 2, 3]])}
+    with pytest.raises(Refused, match=r"Odd\.explained_of\(batch\) gives \(1, 3, 4\)"):
+        Attributor(Odd(), of_tokens(batch), [INTEGRATED], 20)
+
+
+def test_images_in_half_precision_are_explained_in_single() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).bfloat16()
+    task, pixels = Classification(model, classes=3), torch.randn(2, 3, 2, 2).bfloat16()
+    found = attributed(task, pixels, INTEGRATED, SALIENCY, steps=5)
+    assert {values.dtype for values in found.by_method.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("task", "inputs", "said"),
     [
         (Silent(), torch.randn(4, 3), "Silent has no model .* explained\\(inputs\\)"),
         (Own(rounds=True), torch.randn(4, 3), "Own.explained\\(inputs\\) has no gradient"),
         (Own(nn.Unflatten(1, (1, 3))), torch.randn(4, 3), "gives \\(1, 1, 3\\) for 1 samples"),
-        (Own(Twice()), torch.ones(4, 5, dtype=torch.int64), "Own has 2 that do"),
+        (Own(Twice()), torch.ones(4, 5, dtype=torch.int64), "Own does so 2 times"),
         (Own(), torch.ones(4, 3, dtype=torch.int32), "int32, \\(1, 3\\); supported are"),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from ddptrain import garbage
 from ddptrain.data.fetch import Fetcher, Source, tensors_in
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import DataError
@@ -40,6 +44,13 @@ class Numbers(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self.asked.append(index)
         return torch.tensor([index, index])
+
+
+class Thresholds(Numbers):
+    """Of the process that fetches a sample: how many objects may be made between two searches."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(gc.get_threshold())
 
 
 class ListOfMany(Numbers):
@@ -392,3 +403,24 @@ def test_a_task_receives_tensors_with_workers_and_without(workers: int) -> None:
     (batch,) = Fetcher(source(Arrays(), micro=SAMPLES), CPU, workers).steps(0, 1, 0, 1)
     assert isinstance(batch["x"], Tensor)
     assert batch["names"] == [str(int(i)) for i in batch["x"]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_garbage_is_looked_for_once_data_is_loaded(workers: int) -> None:
+    usual = gc.get_threshold()
+    assert usual == garbage.STEADY
+    garbage.defer()
+    try:
+        assert gc.get_threshold() == garbage.STARTING
+        (batch,) = Fetcher(source(Thresholds()), CPU, workers).fetch([MicroBatch(0, 0, 0, 0, 1)])
+        assert (tuple(batch[0].tolist()), gc.get_threshold()) == (usual, usual)
+    finally:
+        gc.set_threshold(*usual)
+
+
+def test_a_command_defers_looking_for_garbage() -> None:
+    program = "import runpy, sys; sys.argv = ['ddptrain', '--help']\n"
+    program += "try: runpy.run_module('ddptrain', run_name='__main__')\n"
+    program += "except SystemExit: import gc; print(gc.get_threshold()[0])"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert told.stdout.splitlines()[-1] == str(garbage.STARTING[0]), told.stderr

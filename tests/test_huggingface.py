@@ -364,6 +364,18 @@ def tiny_gpt2() -> torch.nn.Module:
     return model
 
 
+def test_a_subclass_says_what_is_explained() -> None:
+    class Mine(Transformers):
+        def explained(self, inputs: torch.Tensor) -> torch.Tensor:
+            return -self.model(input_ids=inputs).logits
+
+    torch.manual_seed(0)
+    task = Mine(tiny("BertForSequenceClassification")).eval()
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([0])}
+    usual = Transformers(task.model).eval().explained_of(batch)
+    assert torch.equal(task.explained_of(batch), -usual)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 @pytest.mark.parametrize("first", [torch.zeros(6).long(), torch.arange(6)], ids=["types", "places"])
 def test_tokens_are_told_from_their_positions_and_types(name: str, first: torch.Tensor) -> None:
@@ -376,7 +388,8 @@ def test_tokens_are_told_from_their_positions_and_types(name: str, first: torch.
     mask[0] = 1
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1, 0, 1])}
     attributor, found = explained(model, **batch)
-    assert attributor.embedding is model.get_input_embeddings()
+    assert attributor.lookup is not None
+    assert attributor.lookup.layer is model.get_input_embeddings()
     values = found.by_method[INTEGRATED]
     assert not values[tokens == 0].any()
     assert values[tokens != 0].all()

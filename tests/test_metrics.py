@@ -560,10 +560,10 @@ def test_pictures_name_the_classes_of_the_data() -> None:
     """Also where a name is no word for matplotlib, too long, or there is none for a class."""
     data = data_of("multiclass", 1, 90, 4, False)
     evaluation = evaluation_of(task_of("multiclass", 4), data, alone(), 8)
-    names = ["_cat", "$dog$", "a very long name of a class"]
+    names = ["_cat", "$dog$", "a very long name of a class, \udc80"]
     evaluation.fetcher.source.dataset.class_names = names  # type: ignore[attr-defined]
     evaluation.run()
-    shown = ["_cat", r"\$dog\$", "a very long name of…", "3"]
+    shown = ["_cat", r"\$dog\$", "a very lo…a class, ?", "3"]
     matrix = seen(evaluation.pictures["confusion_matrix"])
     matrix.figure.canvas.draw()
     for labels in (matrix.get_xticklabels(), matrix.get_yticklabels()):
@@ -571,6 +571,28 @@ def test_pictures_name_the_classes_of_the_data() -> None:
     for curves in ("roc", "pr"):
         named = seen(evaluation.pictures[curves]).get_legend_handles_labels()[1]
         assert named[-4:] == ["class _cat", *shown[1:3], "class 3"]
+
+
+@pytest.mark.parametrize("names", [lambda: ["a"], 3, {0: "cat"}, "ab"])
+def test_what_is_no_list_of_names_ends_no_evaluation(names: Any) -> None:
+    evaluation = evaluation_of(
+        task_of("multiclass", 3), data_of("multiclass", 1, 30, 3, False), alone(), 8
+    )
+    evaluation.fetcher.source.dataset.class_names = names  # type: ignore[attr-defined]
+    evaluation.run()
+    matrix = seen(evaluation.pictures["confusion_matrix"])
+    assert [label.get_text() for label in matrix.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_a_picture_may_have_names_of_its_own() -> None:
+    own = MulticlassConfusionMatrix(2)
+    own.class_names = ["no", "yes"]
+    task = Classification(nn.Identity(), 2, metrics=[{"own": own}])
+    evaluation = evaluation_of(task, data_of("multiclass", 1, 30, 2, False), alone(), 8)
+    evaluation.fetcher.source.dataset.class_names = ["0", "1"]  # type: ignore[attr-defined]
+    evaluation.run()
+    matrix = seen(evaluation.pictures["own"])
+    assert [label.get_text() for label in matrix.get_xticklabels()] == ["no", "yes"]
 
 
 def test_a_picture_shows_the_points_of_the_curve_and_the_counts_of_the_matrix() -> None:

@@ -113,7 +113,10 @@ REWINDS = {
 }
 
 
-@pytest.mark.parametrize("fault", ["nonfinite", pytest.param("spike", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "fault",
+    [f if f == "nonfinite" else pytest.param(f, marks=pytest.mark.long) for f in REWINDS],
+)
 def test_a_rewind_is_the_same_on_any_ranks_and_through_a_crash(tmp_path: Path, fault: str) -> None:
     """Killed between an anchor and the fault behind it, and between two anchors after one."""
     options = [*SHORT, *FEW, *REWINDS[fault], "log.fingerprint_every=1"]

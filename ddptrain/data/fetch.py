@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate, default_convert
 
-from ddptrain import pulse
+from ddptrain import garbage, pulse
 from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.errors import DataAway, DataError, LostWorker
 from ddptrain.files import may_pass
@@ -224,6 +224,7 @@ class _InThisProcess:
     device: torch.device
 
     def __iter__(self) -> Iterator[Any]:
+        garbage.resume()
         batches = map(self.source.batch, self.micro_batches)
         return batches if self.device.type == "cpu" else iter(_Moved(batches, self.device))
 
@@ -236,6 +237,7 @@ class _Watched:
     label: str
 
     def __iter__(self) -> Iterator[Any]:
+        garbage.resume()  # in workers as well
         try:
             with _signals_held():
                 batches = iter(self.batches)  # where workers are forked

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 WHITE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
 def names_of(dataset: Any, attribute: str) -> list[str] | None:
-    """A list of names that a data set may have, also below a ``Subset`` of torch's."""
-    while not hasattr(dataset, attribute) and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
+    """A list of names that a data set may have, also below a ``Subset`` of torch's.
+
+    None if it has no such attribute, or one that is something else.
+    """
     names = getattr(dataset, attribute, None)
-    return None if names is None else [str(name) for name in names]
+    while names is None and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+        names = getattr(dataset, attribute, None)
+    if not isinstance(names, list | tuple | np.ndarray):
+        return None
+    return [str(name) for name in names]
 
 
 def byte_name(byte: int) -> str:

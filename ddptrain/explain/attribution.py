@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddptrain.data.fetch import Source
 from ddptrain.errors import Refused
+from ddptrain.explain.lookup import Lookup
 from ddptrain.explain.samples import Example, Kind, inputs_of, labels_of, with_inputs
 from ddptrain.generators import key_generators
 from ddptrain.keys import derive
@@ -86,9 +87,9 @@ class Attributor:
         self.label = example.source.label
         self.methods = methods
         self.steps = steps
-        self.embedding = None
+        self.lookup = None
         if example.kind == "tokens":
-            self.embedding = _embedding(task, example.batch, self._inputs(example.batch))
+            self.lookup = Lookup.of(task, example.batch, self._inputs(example.batch))
         with torch.no_grad():
             self.outputs = self._scores(example.batch).shape[1]
         self._refuse_without_gradient(example.batch)
@@ -126,7 +127,9 @@ class Attributor:
             found[INTEGRATED] = values if channels is None else values.sum(channels)
         if SALIENCY in self.methods:
             found[SALIENCY] = self._gradient(end, batch, explained).amax(1)
-        on_host = {method: values.detach().cpu() for method, values in found.items()}
+        on_host = {m: values.detach().cpu() for m, values in found.items()}
+        if inputs.dtype in (torch.bfloat16, torch.float16):  # which NumPy has not, or rounds
+            on_host = {m: values.float() for m, values in on_host.items()}
         none = torch.full_like(explained, -1)
         classes = explained if self.outputs > 1 else none
         changes, deltas = changes.detach().cpu(), deltas.detach().cpu()
@@ -159,14 +162,11 @@ class Attributor:
 
     def _score(self, values: Tensor, batch: Any, explained: Tensor) -> Tensor:
         """The explained output of each sample, (B,), with other inputs, or embeddings of them."""
-        if self.embedding is None:
+        if self.lookup is None:
             scores = self._scores(with_inputs(self.task, batch, values))
         else:
-            with_values = self.embedding.register_forward_hook(lambda *_: values)
-            try:
+            with self.lookup.giving(values):
                 scores = self._scores(batch)
-            finally:
-                with_values.remove()
         return scores.gather(1, explained[:, None]).squeeze(1)
 
     def _inputs(self, batch: Any) -> Tensor:
@@ -194,9 +194,9 @@ class Attributor:
         return baseline
 
     def _embedded(self, inputs: Tensor) -> Tensor:
-        if self.embedding is None:
+        if self.lookup is None:
             return inputs
-        vectors: Tensor = self.embedding(inputs)
+        vectors: Tensor = self.lookup.layer(inputs)
         return vectors
 
     def _refuse_without_gradient(self, batch: Any) -> None:
@@ -212,34 +212,7 @@ class Attributor:
             )
 
     def _refusal(self, what: str) -> Refused:
-        return Refused(f"task: {type(self.task).__name__}.explained(inputs) {what}")
-
-
-def _embedding(task: Task, batch: Any, tokens: Tensor) -> nn.Embedding:
-    """The layer that looks up the tokens themselves. Raises ``Refused`` if it is not one alone.
-
-    Positions and types of tokens, which other layers look up, may happen to be the same numbers;
-    but they do not lie in the same memory.
-    """
-    found: dict[nn.Module, bool] = {}
-
-    def note(layer: nn.Module, given: tuple[Any, ...], _: Any) -> None:
-        if isinstance(given[0], Tensor) and torch.equal(given[0], tokens):
-            found[layer] = given[0].data_ptr() == tokens.data_ptr()
-
-    layers = [module for module in task.modules() if isinstance(module, nn.Embedding)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        with torch.no_grad():
-            task.explained_of(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    themselves = [layer for layer, is_same in found.items() if is_same] or list(found)
-    if len(themselves) != 1:
-        raise Refused(
-            f"task: tokens are explained by the one torch.nn.Embedding that looks them up, and "
-            f"{type(task).__name__} has {len(themselves) or 'none'} that do"
-        )
-    (layer,) = themselves
-    return layer  # type: ignore[return-value]
+        own = type(self.task)
+        of_batch = own.explained_of is not Task.explained_of
+        method = "explained_of(batch)" if of_batch else "explained(inputs)"
+        return Refused(f"task: {own.__name__}.{method} {what}")

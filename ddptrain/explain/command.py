@@ -24,6 +24,9 @@ from ddptrain.run_directory import RunDirectory
 from ddptrain.screen import say, short
 from ddptrain.tasks.task import Task
 
+MANY_FEATURES = 1000
+"""Of more, each takes as many evaluations as of few, and nobody waits for them unasked."""
+
 
 def explain(
     run: RunDirectory,
@@ -48,7 +51,7 @@ def explain(
     ranks = Ranks(place, choose_device(config.train.device.name, place), TIMEOUT)
     task, step = load(run, config, which, ranks, last)
     example = Example.of(task, build_source(config, split), ranks.device, config.data.workers)
-    methods = _check(methods, example)
+    methods = _check(methods, example, speaks=ranks.is_first)
     source = draw(example.source, samples, example.kind)
     attributor = Attributor(task, example, methods, steps)
     fetcher = Fetcher(source, ranks.device, config.data.workers)
@@ -73,7 +76,7 @@ def explain(
     return EXIT_COMPLETED
 
 
-def _check(methods: list[str] | None, example: Example) -> list[str]:
+def _check(methods: list[str] | None, example: Example, speaks: bool) -> list[str]:
     """The methods that are wanted, each once, in a fixed order. Raises ``Refused``."""
     known = METHODS[example.kind]
     for method in methods or ():
@@ -82,6 +85,14 @@ def _check(methods: list[str] | None, example: Example) -> list[str]:
                 f"--method {method}: inputs of {example.source.label} are {example.kind}, for "
                 f"which there is {', '.join(known)}"
             )
+    features = len(example.feature_names)
+    if not methods and features > MANY_FEATURES:
+        if speaks:
+            say(
+                f"permutation  not measured: {features} features, each in {REPEATS} orders, are an "
+                "evaluation each; ask for it by --method permutation"
+            )
+        methods = [method for method in known if method != PERMUTATION]
     return [method for method in known if not methods or method in methods]
 
 

@@ -19,7 +19,7 @@ from ddptrain.data.plan import MicroBatch, Plan
 from ddptrain.data.shuffle import Permutation
 from ddptrain.errors import Refused
 from ddptrain.keys import derive
-from ddptrain.tasks.task import Place, Task
+from ddptrain.tasks.task import Key, Task
 
 Kind = Literal["features", "images", "tokens"]
 DEFAULT = 200
@@ -81,6 +81,7 @@ class Example:
         Raises ``Refused`` if it is of no known kind, or has other features than there are names.
         """
         (batch,) = Fetcher(source, device, workers).fetch([MicroBatch(0, 0, 0, 0, 1)])
+        _check_keys(task, batch, source.label)
         inputs = inputs_of(task, batch, source.label)
         kind = _kind_of(inputs, source.label)
         names = _feature_names(source, inputs.shape[1:]) if kind == "features" else []
@@ -115,6 +116,24 @@ def _feature_names(source: Source, shape: torch.Size) -> list[str]:
 
 def _name_of(number: int, names: Sequence[str] | None) -> str:
     return names[number] if names and 0 <= number < len(names) else str(number)
+
+
+def _check_keys(task: Task, batch: Any, label: str) -> None:
+    """Hold what a task says of a batch against one. Raises ``Refused``."""
+    told = task.explained_at(batch)
+    if not isinstance(told, tuple) or len(told) != 2:
+        raise Refused(
+            f"task: {type(task).__name__}.explained_at(batch) gives {told!r}; expected are two "
+            "places, or keys: of the inputs, and of the targets or None"
+        )
+    if type(task).explained_at is Task.explained_at:
+        return  # what is said of its batches is not its own
+    for key in told:
+        if key is not None and _part(batch, key) is None:
+            raise Refused(
+                f"task: {type(task).__name__}.explained_at(batch) names {key!r}, which the batch "
+                f"of {label} has not: it is {_told(batch)}"
+            )
 
 
 def inputs_of(task: Task, batch: Any, label: str) -> Tensor:
@@ -154,7 +173,7 @@ def labels_of(task: Task, batch: Any) -> Tensor | None:
     return None if targets.is_floating_point() else targets.long()
 
 
-def _part(batch: Any, place: Place) -> Any:
+def _part(batch: Any, place: Key) -> Any:
     """What a batch has there; None if it has nothing."""
     if isinstance(batch, Mapping):
         return batch.get(place)

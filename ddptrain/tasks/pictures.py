@@ -22,7 +22,7 @@ WRITTEN_CLASSES = 20
 POINTS = 2000
 """A curve has no more pixels."""
 LONGEST_NAME = 20
-"""Letters of a class's name that are shown."""
+"""Letters of a class's name that are shown: the first and the last, for names may begin alike."""
 
 
 class Picture(ABC):
@@ -42,11 +42,13 @@ class Picture(ABC):
 
 def name_of(label: int, class_names: Sequence[str]) -> str:
     """The name of a class, cut if it is long, for matplotlib; its number if there is none."""
-    if label >= len(class_names):
+    name = class_names[label] if label < len(class_names) else ""
+    if not name:
         return str(label)
-    name = class_names[label]
-    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-    return short.replace("$", r"\$")  # which would begin a formula
+    half = LONGEST_NAME // 2
+    short = name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    drawn = "".join(letter if letter.isprintable() else "?" for letter in short)
+    return drawn.replace("$", r"\$")  # which would begin a formula
 
 
 def draw_curves(
@@ -63,7 +65,7 @@ def draw_curves(
         is_defined = not torch.isnan(x + y).any()
         name = name_of(number, class_names)
         # Of a bare number nobody knows what it counts, and a legend leaves out what begins with _.
-        is_clear = number < len(class_names) and not name.startswith("_")
+        is_clear = name != str(number) and not name.startswith("_")
         names = [] if is_one else [name if is_clear else f"class {name}"]
         label = ", ".join(names if is_defined else [*names, "not defined"])
         axes.plot(x[some].tolist(), y[some].tolist(), label=label or None, linewidth=1.5)
@@ -109,7 +111,8 @@ def draw_matrix(axes: Axes, counts: Tensor, class_names: Sequence[str] = ()) -> 
         axes.set_xticks(classes, names)
         axes.set_yticks(classes, names)
         if max(map(len, names)) > 2:
-            axes.tick_params("x", rotation=45)
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, ha="right", rotation_mode="anchor")
         size = 12 if len(classes) <= 5 else 7
         for row, of_row in enumerate(counts.tolist()):
             for column, count in enumerate(of_row):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = Any
 """What the data set's samples collate to: a tensor, or tuples, lists and dicts of tensors."""
-Place: TypeAlias = int | str
+Key: TypeAlias = int | str
 """Where a part of a batch is: its number in a tuple, or its key in a mapping."""
 
 
@@ -75,7 +75,7 @@ class Task(nn.Module):
         """Add a micro-batch's loss to ``metrics["loss"]``, weighted by its count."""
         metrics["loss"].update(loss.sum, loss.count)
 
-    def explained_at(self, batch: Batch) -> tuple[Place, Place | None]:
+    def explained_at(self, batch: Batch) -> tuple[Key, Key | None]:
         """Return where ``batch`` has the inputs that `ddptrain explain` explains, and the targets.
 
         Places in a tuple or a list, or keys of a mapping; None for targets that are no classes. By

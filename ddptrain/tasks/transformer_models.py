@@ -12,7 +12,7 @@ from torch.nn import functional
 from ddptrain.errors import Refused, TrainingError
 from ddptrain.tasks import classification
 from ddptrain.tasks.metrics import choose, make
-from ddptrain.tasks.task import Loss, Place, Task
+from ddptrain.tasks.task import Key, Loss, Task
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -206,7 +206,7 @@ class Transformers(Task):
         counts = labels != IGNORED
         return logits[counts], labels[counts]
 
-    def explained_at(self, batch: Mapping[str, Tensor]) -> tuple[Place, Place | None]:
+    def explained_at(self, batch: Mapping[str, Tensor]) -> tuple[Key, Key | None]:
         """Return the model's main input, such as ``input_ids`` or ``pixel_values``, and labels.
 
         Of a model that names none it is what the batch has alone beside them. Raises ``Refused``
@@ -218,11 +218,6 @@ class Transformers(Task):
                 "a class or a number that is predicted of a whole sample"
             )
         name = type(self.model).__name__
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            raise Refused(
-                f"task: of {name} both the encoder and the decoder read the tokens; explained are "
-                "models that look them up once"
-            )
         main = getattr(self.model, "main_input_name", None)
         inputs = [key for key in batch if key != "labels"]
         if main not in inputs:
@@ -232,10 +227,18 @@ class Transformers(Task):
                 f"task: which of {', '.join(inputs)} is to be explained, {name} does not tell; "
                 "name that one in its main_input_name"
             )
+        has_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if has_decoder and not batch[main].is_floating_point():
+            raise Refused(
+                f"task: of {name} both the encoder and the decoder read the tokens; explained are "
+                "models that look them up once"
+            )
         return main, "labels" if self.predicts == "class" else None
 
     def explained_of(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits, (B, classes) or (B, 1)."""
+        """Return the logits, (B, classes) or (B, 1); of a subclass with its own, ``explained``."""
+        if type(self).explained is not Task.explained:
+            return super().explained_of(batch)
         return self._logits({name: tensor for name, tensor in batch.items() if name != "labels"})
 
     def baseline(self, inputs: Tensor) -> Tensor:
