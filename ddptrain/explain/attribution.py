@@ -127,9 +127,11 @@ class Attributor:
             found[INTEGRATED] = values if channels is None else values.sum(channels)
         if SALIENCY in self.methods:
             found[SALIENCY] = self._gradient(end, batch, explained).amax(1)
-        on_host = {m: values.detach().cpu() for m, values in found.items()}
-        if inputs.dtype in (torch.bfloat16, torch.float16):  # which NumPy has not, or rounds
-            on_host = {m: values.float() for m, values in on_host.items()}
+        # NumPy, which draws them, has no bfloat16.
+        on_host = {
+            method: values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
+            for method, values in found.items()
+        }
         none = torch.full_like(explained, -1)
         classes = explained if self.outputs > 1 else none
         changes, deltas = changes.detach().cpu(), deltas.detach().cpu()

@@ -10,12 +10,15 @@ from ddptrain.explain.importance import Importance
 from ddptrain.explain.report import Report
 from ddptrain.observe.loggers import Picture
 from ddptrain.observe.pictures import render_figure
+from ddptrain.tasks.pictures import drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWN = 30
 """Bars of a picture."""
+LONGEST_NAME = 32
+"""Letters of a feature's name beside its bar."""
 
 
 def report(names: list[str], found: Attributions | None, importance: Importance | None) -> Report:
@@ -51,13 +54,9 @@ def draw(header: list[str], rows: list[Any]) -> Picture:
             axes.set_xlabel(name.replace("$", r"\$"))
             axes.axvline(0, color="black", linewidth=0.8)
             axes.grid(axis="x", alpha=0.3)
-        grid[0].set_yticks(places, [_label(row[0]) for row in shown], fontsize=8)
+        grid[0].set_yticks(places, [drawable(row[0], LONGEST_NAME) for row in shown], fontsize=8)
         grid[0].invert_yaxis()
         if len(rows) > len(shown):
             figure.suptitle(f"the first {len(shown)} of {len(rows)} features", fontsize=10)
 
     return render_figure(draw_bars, 2.5 + 4 * len(panels), 1.2 + 0.22 * len(shown))
-
-
-def _label(name: str) -> str:
-    return (name if len(name) <= 32 else f"{name[:31]}…").replace("$", r"\$")

@@ -22,7 +22,7 @@ WRITTEN_CLASSES = 20
 POINTS = 2000
 """A curve has no more pixels."""
 LONGEST_NAME = 20
-"""Letters of a class's name that are shown: the first and the last, for names may begin alike."""
+"""Letters of a class's name that are shown."""
 
 
 class Picture(ABC):
@@ -41,12 +41,15 @@ class Picture(ABC):
 
 
 def name_of(label: int, class_names: Sequence[str]) -> str:
-    """The name of a class, cut if it is long, for matplotlib; its number if there is none."""
+    """The name of a class as it is drawn; its number if there is none."""
     name = class_names[label] if label < len(class_names) else ""
-    if not name:
-        return str(label)
-    half = LONGEST_NAME // 2
-    short = name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    return drawable(name, LONGEST_NAME) if name else str(label)
+
+
+def drawable(name: str, longest: int) -> str:
+    """A name as matplotlib can draw it; of a long one the two ends, for names may begin alike."""
+    half = longest // 2
+    short = name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
     drawn = "".join(letter if letter.isprintable() else "?" for letter in short)
     return drawn.replace("$", r"\$")  # which would begin a formula
 
